@@ -1,0 +1,38 @@
+# make demo | test | check | bench; needs nothing but Python (3.10 to 3.12) and make.
+PYTHON ?= python3
+# TransformerLens generation: 4 (TransformerBridge) or 3 (HookedTransformer and bridge)
+GENERATION ?= 4
+VENV ?= .venv-$(GENERATION)
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints/transformer-lens-$(GENERATION).txt
+REPORT ?= report.html
+
+.PHONY: demo test check format bench clean
+
+demo: $(VENV)/installed
+	HF_HUB_OFFLINE=1 $(BIN)/sd-lens report smollm2-135m --out $(REPORT)
+
+test: $(VENV)/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed
+	for file in benchmarks/*.py; do HF_HUB_OFFLINE=1 $(BIN)/python $$file || exit 1; done
+
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
+		|| (echo "sd_lens needs Python 3.10 to 3.12; name one with make PYTHON=..." && exit 1)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv-3 .venv-4

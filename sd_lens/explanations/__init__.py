@@ -1,0 +1,1 @@
+"""What the weights say about high-norm tokens."""

@@ -1,0 +1,1 @@
+"""Blocks as matrix-free linear maps, and their leading singular triples."""

@@ -1,0 +1,1 @@
+"""A model in, one view of its blocks out."""

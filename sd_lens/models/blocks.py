@@ -1,0 +1,143 @@
+"""One view of a block's weights, whatever the wrapper or the architecture.
+
+This is the only module that knows how HookedTransformer and TransformerBridge store weights, and which
+architectures there are. Everything above it reads `BlockWeights`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sd_lens.errors import InputError, NotSupportedError
+
+NormKind = Literal["rms", "layer"]
+
+SUPPORTED = ("GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+"""Architectures whose view is tested; a HookedTransformer built from a configuration of one's own has none."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The norm in front of attention or MLP.
+
+    Attributes:
+        kind: `"rms"`, or `"layer"` (which subtracts the mean).
+        gain: `[d_model]`, what multiplies the normalized stream; None if folded into the weights.
+        bias: `[d_model]`, what is added to it; None if there is none.
+    """
+
+    kind: NormKind
+    gain: Float[Tensor, " d_model"] | None
+    bias: Float[Tensor, " d_model"] | None
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """The tensors of one block, in TransformerLens's orientation (rows: `x @ W`), in their own dtype.
+
+    Attributes:
+        layer: 0-based index of the block.
+        attention_norm: in front of attention.
+        mlp_norm: in front of the MLP.
+        W_V: value weights; under grouped-query attention one per key-value head.
+        W_O: output weights, one per head; head `h` reads value head `h // (n_heads // n_key_value_heads)`.
+        W_in: into the MLP's neurons (the linear branch when gated).
+        W_gate: the branch inside the activation, or None when ungated.
+        W_out: from the neurons back to the residual stream.
+        b_in: bias of `W_in`, None if absent.
+        b_gate: bias of `W_gate`, None if absent.
+        act_fn: the activation's name.
+    """
+
+    layer: int
+    attention_norm: Norm
+    mlp_norm: Norm
+    W_V: Float[Tensor, "kv_head d_model d_head"]
+    W_O: Float[Tensor, "head d_head d_model"]
+    W_in: Float[Tensor, "d_model d_mlp"]
+    W_gate: Float[Tensor, "d_model d_mlp"] | None
+    W_out: Float[Tensor, "d_mlp d_model"]
+    b_in: Float[Tensor, " d_mlp"] | None
+    b_gate: Float[Tensor, " d_mlp"] | None
+    act_fn: str
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.W_in.shape[0]
+
+
+def block_weights(model: Any, layer: int) -> BlockWeights:
+    """The view of block `layer` (0-based) of a `HookedTransformer` or `TransformerBridge`.
+
+    Raises:
+        InputError: if there is no such block.
+        NotSupportedError: for a block that is not sequential, pre-norm and dense.
+    """
+    cfg = model.cfg
+    if not 0 <= layer < cfg.n_layers:
+        raise InputError(f"block {layer} does not exist: the model has blocks 0 to {cfg.n_layers - 1}")
+    block = model.blocks[layer]
+    _check_supported(cfg, block)
+    attn, mlp = block.attn, block.mlp
+    W_gate = _tensor(mlp, "W_gate")
+    b_in, b_gate = _tensor(mlp, "b_in"), _tensor(mlp, "b_gate")
+    if W_gate is not None and b_in is not None and bool((b_in != 0).any()):
+        # HookedTransformer adds b_in after the product with the gate, Hugging Face before it.
+        raise NotSupportedError("not supported yet: a gated MLP with biases")
+    return BlockWeights(
+        layer=layer,
+        attention_norm=_norm(cfg, block.ln1),
+        mlp_norm=_norm(cfg, block.ln2),
+        W_V=_value_heads(cfg, attn.W_V.detach()),
+        W_O=attn.W_O.detach(),
+        W_in=mlp.W_in.detach(),
+        W_gate=W_gate,
+        W_out=mlp.W_out.detach(),
+        b_in=None if W_gate is not None else b_in,
+        b_gate=b_gate,
+        act_fn=cfg.act_fn,
+    )
+
+
+def all_blocks(model: Any, layers: tuple[int, ...]) -> list[BlockWeights]:
+    """The views of several blocks, so that an unsupported one is reported before any work is done."""
+    return [block_weights(model, layer) for layer in layers]
+
+
+def _check_supported(cfg: Any, block: Any) -> None:
+    if getattr(cfg, "parallel_attn_mlp", False):
+        raise NotSupportedError("not supported yet: blocks with attention and MLP in parallel")
+    if hasattr(block, "ln1_post") or hasattr(block, "ln2_post"):
+        raise NotSupportedError("not supported yet: blocks with norms behind attention and MLP (Gemma 2, 3)")
+    if not hasattr(block, "ln1") or not hasattr(block, "ln2"):
+        raise NotSupportedError("not supported yet: blocks without a norm before attention and MLP")
+    if getattr(cfg, "num_experts", None) or any(_tensor(block.mlp, n) is None for n in ("W_in", "W_out")):
+        raise NotSupportedError("not supported yet: mixture-of-experts MLPs")
+    # Names last: they catch what no attribute shows, such as Granite's scaled residual writes.
+    architecture = getattr(cfg, "original_architecture", None) or getattr(cfg, "architecture", None)
+    if architecture is not None and architecture not in SUPPORTED:
+        raise NotSupportedError(f"not supported yet: {architecture}; supported are {', '.join(SUPPORTED)}")
+
+
+def _tensor(module: Any, name: str) -> Tensor | None:
+    """A weight, or None where the wrapper has none (TransformerLens: None, missing, or AttributeError)."""
+    value = getattr(module, name, None)
+    return value.detach() if isinstance(value, Tensor) else None
+
+
+def _norm(cfg: Any, norm: Any) -> Norm:
+    kinds: dict[str, NormKind] = {"RMS": "rms", "RMSPre": "rms", "LN": "layer", "LNPre": "layer"}
+    if cfg.normalization_type not in kinds:
+        raise NotSupportedError(f"not supported yet: normalization {cfg.normalization_type!r}")
+    return Norm(kinds[cfg.normalization_type], _tensor(norm, "w"), _tensor(norm, "b"))
+
+
+def _value_heads(cfg: Any, W_V: Tensor) -> Tensor:
+    """One `W_V` per key-value head: HookedTransformer repeats each for all heads that share it."""
+    n_kv = cfg.n_key_value_heads or cfg.n_heads
+    return W_V[:: cfg.n_heads // n_kv] if W_V.shape[0] == cfg.n_heads else W_V

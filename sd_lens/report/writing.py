@@ -1,0 +1,105 @@
+"""The main job in one call: observe, predict, and write the page."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from sd_lens import figures
+from sd_lens.explanations.defects import SingularDefects, singular_defects
+from sd_lens.observations.high_norm import HighNormTokens, find_high_norm_tokens
+from sd_lens.observations.texts import Texts, default_texts
+from sd_lens.report.findings import findings
+from sd_lens.report.page import Page
+from sd_lens.storage import written_whole
+
+
+def write_report(
+    model: Any,
+    path: str | Path,
+    texts: Texts | None = None,
+    *,
+    prepend_bos: bool | None = None,
+    threshold: float | Literal["auto"] = "auto",
+    max_length: int | None = None,
+    texts_name: str | None = None,
+    progress: bool = True,
+) -> list[str]:
+    """Write one self-contained HTML file about a model's high-norm tokens, and return its sentences.
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge`.
+        path: of the HTML file; it is written whole or not at all.
+        texts: what to run; the package's default passages if None.
+        prepend_bos: as for `find_high_norm_tokens`.
+        threshold: as for `find_high_norm_tokens`.
+        max_length: as for `find_high_norm_tokens`.
+        texts_name: how the page calls the texts.
+        progress: show progress bars.
+
+    Raises:
+        InputError: if texts or path cannot be used.
+        NotSupportedError: for an architecture that is not covered.
+        NumericalError: if the model's weights or residual stream are not finite.
+    """
+    with written_whole(path) as temporary:
+        defects = singular_defects(model, progress=progress)
+        found = find_high_norm_tokens(
+            model, default_texts() if texts is None else texts, threshold,
+            prepend_bos=prepend_bos, max_length=max_length, progress=progress,
+        )  # fmt: skip
+        sentences = findings(found, defects)
+        settings = _settings(model, found, defects, threshold)
+        settings["texts"] = texts_name or ("the package's default passages" if texts is None else "given")
+        page = Page(
+            title=f"High-norm tokens of {defects.model_name}",
+            subtitle=f"{model.cfg.n_layers} blocks, numbered from 0; width {model.cfg.d_model}. "
+            "Norms are Euclidean norms of the residual stream after a block.",
+            findings=sentences,
+            figures=_figures(found, defects),
+            tokens=found.table,
+            settings=settings,
+        )
+        temporary.write_text(page.to_html(), encoding="utf-8")
+    return sentences
+
+
+def _figures(found: HighNormTokens, defects: SingularDefects) -> Sequence[tuple[str, Any]]:
+    shown = [
+        ("Largest and median norms per block. Dashes: the threshold above which a norm counts as high.",
+         figures.layer_norms(found)),
+        ("Leading singular values of each block's linear map L = (I + F)(I + A), and of its parts.",
+         figures.singular_values(defects)),
+    ]  # fmt: skip
+    if found.direction is not None:
+        angles = figures.direction_angles(
+            defects,
+            found.direction,
+            explosion_layers=found.explosion_layers,
+            decay_layers=found.decay_layers,
+        )
+        shown.insert(1, ("Small angles: the weights alone predict the direction of the high-norm tokens.", angles))
+    for text in found.scan.samples[:1]:
+        shown += [
+            ("The first text: every token, every block. Turn it with the mouse.", figures.norm_surface(text)),
+            ("The same as a heatmap; point at a cell to see the token.", figures.norm_heatmap(text)),
+        ]
+    return shown
+
+
+def _settings(
+    model: Any, found: HighNormTokens, defects: SingularDefects, threshold: float | Literal["auto"]
+) -> dict[str, str]:
+    packages = ("sd_lens", "transformer-lens", "transformers", "torch", "plotly")
+    return {
+        "model": defects.model_name,
+        "wrapper": f"{type(model).__name__}, {model.cfg.dtype}, {model.cfg.device}",
+        "threshold": str(threshold),
+        "beginning-of-sequence token": "prepended" if found.scan.prepend_bos else "not prepended",
+        "linearization": f"{defects.linearization}, {defects.convention}",
+        **{name: version(name) for name in packages},
+        "python": platform.python_version(),
+    }

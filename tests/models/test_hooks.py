@@ -1,0 +1,121 @@
+import pytest
+import torch
+
+from sd_lens import find_high_norm_tokens, scan_norms, singular_defects
+from sd_lens.errors import HookError, InputError
+from sd_lens.models.hooks import residual_stream_points, run_with_hooks
+from tests import tiny
+
+TOKENS = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 7]])
+
+
+def state(model):
+    """What a model is and does: its logits, parameters and hooks."""
+    with torch.no_grad():
+        logits = model(TOKENS)
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    hooks = {
+        name: (len(point.fwd_hooks), len(point.bwd_hooks), len(point._forward_hooks))
+        for name, point in model.hook_dict.items()
+    }
+    return logits, parameters, hooks, model.training, repr(model.cfg)
+
+
+def assert_unchanged(before, after):
+    assert torch.equal(before[0], after[0])
+    assert before[1].keys() == after[1].keys()
+    assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])
+    assert before[2:] == after[2:]
+
+
+def test_points_carry_hugging_faces_hidden_states(tiny_hf, backend):
+    with torch.no_grad():
+        expected = tiny_hf(TOKENS, output_hidden_states=True).hidden_states
+    model = tiny.wrap(tiny_hf, backend)
+    seen = {}
+    points = residual_stream_points(model.cfg.n_layers)
+    run_with_hooks(model, TOKENS, {name: lambda x, n=name: seen.__setitem__(n, x.clone()) for name in points})
+    for name, states in zip(points[:-1], expected[:-1], strict=True):
+        torch.testing.assert_close(seen[name], states, rtol=1e-4, atol=1e-5)
+    assert list(seen) == points  # in the order of the forward pass, the last one included
+
+
+def test_returned_activations_replace(tiny_model):
+    seen = {}
+    run_with_hooks(
+        tiny_model,
+        TOKENS,
+        {
+            "blocks.1.hook_resid_pre": lambda x: torch.ones_like(x),
+            "blocks.1.ln1.hook_scale": lambda x: seen.__setitem__("scale", x.clone()),
+        },
+    )
+    expected = 1.0 if "RMS" in tiny_model.cfg.normalization_type else tiny_model.cfg.eps**0.5
+    torch.testing.assert_close(seen["scale"].flatten(), torch.full((8,), expected), rtol=1e-3, atol=1e-5)
+
+
+def test_unknown_names_are_errors(tiny_model):
+    with pytest.raises(HookError, match=r"no hook point 'blocks\.9\.hook_resid_post'; see model\.hook_dict"):
+        run_with_hooks(tiny_model, TOKENS, {"blocks.9.hook_resid_post": lambda x: None})
+
+
+SILENT = {
+    ("llama", "hooked_transformer"): ("blocks.0.hook_mlp_in", "exists in the model but did not fire"),
+    ("gpt2", "hooked_transformer"): ("blocks.0.hook_attn_in", "exists in the model but did not fire"),
+    ("llama", "bridge"): ("hook_pos_embed", "exists in the model but did not fire"),
+    ("gpt2", "bridge"): ("blocks.0.attn.hook_result", "use_attn_result is False"),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_points_that_do_not_fire_are_errors(family, backend):
+    model = tiny.wrap(getattr(tiny, family)(), backend)
+    name, message = SILENT[family, backend]
+    with pytest.raises(HookError, match=message):
+        run_with_hooks(model, TOKENS, {name: lambda x: None, "blocks.0.hook_resid_pre": lambda x: None})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"), [([[3, 60]], "token id 60"), ([[-1, 2]], "token id -1"), ([[]], "no tokens")]
+)
+def test_tokens_outside_the_vocabulary_are_errors(tiny_model, tokens, message):
+    with pytest.raises(InputError, match=message):
+        run_with_hooks(tiny_model, torch.tensor(tokens, dtype=torch.long), {"blocks.0.hook_resid_pre": lambda x: None})
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_the_model_is_restored_after_an_exception(tiny_model, error):
+    before = state(tiny_model)
+
+    def fail(activation):
+        raise error("in a callback")
+
+    with pytest.raises(error, match="in a callback"):
+        run_with_hooks(tiny_model, TOKENS, {"blocks.1.hook_resid_post": fail})
+    assert_unchanged(before, state(tiny_model))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: scan_norms(model, [TOKENS], progress=False),
+        lambda model: find_high_norm_tokens(model, [TOKENS], progress=False),
+        lambda model: singular_defects(model, progress=False),
+    ],
+    ids=["scan_norms", "find_high_norm_tokens", "singular_defects"],
+)
+@pytest.mark.filterwarnings("ignore::sd_lens.errors.SmallGapWarning")
+def test_public_functions_leave_no_trace(tiny_model, use):
+    before = state(tiny_model)
+    use(tiny_model)
+    assert_unchanged(before, state(tiny_model))
+
+
+def test_a_users_own_hook_stays(tiny_model):
+    """sd_lens observes under a user's `hooks()` context, and leaves it in place."""
+    with tiny_model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", lambda x, hook: 3 * x)]):
+        tripled = scan_norms(tiny_model, [TOKENS], progress=False)
+        again = scan_norms(tiny_model, [TOKENS], progress=False)
+    plain = scan_norms(tiny_model, [TOKENS], progress=False)
+    torch.testing.assert_close(tripled.maximum[0], again.maximum[0])
+    torch.testing.assert_close(tripled.maximum[0], 3 * plain.maximum[0])

@@ -1,0 +1,83 @@
+"""Models with a known defect: one token explodes in one block, along one direction, and decays in another."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tests import tiny
+
+TOKEN = 7
+EXPLOSION, DECAY, N_LAYERS, WIDTH = 2, 4, 6, 64
+
+
+@dataclass(frozen=True)
+class Planted:
+    hf_model: Any
+    direction: torch.Tensor
+    texts: torch.Tensor
+
+
+def _direction():
+    """A unit vector without the marker's coordinate and without mean (LayerNorm removes the mean)."""
+    v = torch.randn(WIDTH, generator=torch.Generator().manual_seed(5))
+    v[0] = 0
+    v[1:] -= v[1:].mean()
+    return v / v.norm()
+
+
+def _texts():
+    """Forty random texts of 12 tokens; the planted token stands once in each, also in front."""
+    generator = torch.Generator().manual_seed(6)
+    texts = torch.randint(10, tiny.VOCABULARY, (40, 12), generator=generator)
+    texts[torch.arange(40), torch.arange(40) % 12] = TOKEN
+    return texts
+
+
+def _marked_embeddings(weight):
+    weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(7)))
+    weight[:, 0] = 0
+    weight[TOKEN, 0] = 6
+    direction = _direction()
+    weight -= torch.outer(weight @ direction, direction)  # only the planted token ever gets any of it
+
+
+@torch.no_grad()
+def llama():
+    model = tiny.llama(hidden_size=WIDTH, num_hidden_layers=N_LAYERS, head_dim=16)
+    tiny.randomised(model, scale=0.02)
+    _marked_embeddings(model.model.embed_tokens.weight)
+    direction = _direction()
+    marker = torch.nn.functional.one_hot(torch.tensor(0), WIDTH).float()
+    explosion, decay = model.model.layers[EXPLOSION].mlp, model.model.layers[DECAY].mlp
+    explosion.gate_proj.weight[3] = explosion.up_proj.weight[3] = 1.5 * marker
+    explosion.down_proj.weight[:, 3] = 60 * direction
+    # At the decay block the stream is nearly along the direction: the norm makes that 8 = sqrt(64).
+    decay.gate_proj.weight[5] = decay.up_proj.weight[5] = direction
+    stream = _stream_before(model, DECAY)
+    decay.down_proj.weight[:, 5] = -0.9 * stream / 64 * direction
+    return Planted(model, direction, _texts())
+
+
+@torch.no_grad()
+def gpt2():
+    model = tiny.gpt2(n_embd=WIDTH, n_layer=N_LAYERS)
+    tiny.randomised(model, scale=0.02)
+    _marked_embeddings(model.transformer.wte.weight)
+    direction = _direction()
+    marker = torch.nn.functional.one_hot(torch.tensor(0), WIDTH).float()
+    explosion, decay = model.transformer.h[EXPLOSION].mlp, model.transformer.h[DECAY].mlp
+    explosion.c_fc.weight[:, 3] = 3 * marker
+    explosion.c_fc.bias[3] = -3
+    explosion.c_proj.weight[3] = 300 * direction
+    decay.c_fc.weight[:, 5] = direction
+    decay.c_fc.bias[5] = -4  # the stream's 8 = sqrt(64) along the direction becomes 4, anything small nothing
+    stream = _stream_before(model, DECAY)
+    decay.c_proj.weight[5] = -0.9 * stream / 4 * direction
+    return Planted(model, direction, _texts())
+
+
+def _stream_before(model, layer):
+    """The planted token's norm before a block."""
+    states = model(torch.tensor([[TOKEN]]), output_hidden_states=True).hidden_states
+    return float(states[layer].norm())

@@ -1,0 +1,108 @@
+"""Tiny random models: every parameter is drawn wide enough to matter, gains and biases included."""
+
+import importlib
+import inspect
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from sd_lens import load_model
+
+VOCABULARY = 60
+
+
+def _has_hooked_transformer():
+    try:
+        importlib.import_module("transformer_lens.HookedTransformer")
+    except ImportError:
+        return False
+    return True
+
+
+BACKENDS = ["hooked_transformer", "bridge"] if _has_hooked_transformer() else ["bridge"]
+
+
+def randomised(model, seed=0, scale=0.25):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = scale * torch.randn(parameter.shape, generator=generator)
+            is_gain = parameter.ndim == 1 and name.endswith("weight")
+            parameter.copy_(1 + noise if is_gain else noise)
+    return model.eval()
+
+
+def llama(seed=0, **options):
+    config = LlamaConfig(
+        **{
+            "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "tie_word_embeddings": False,
+        } | options
+    )  # fmt: skip
+    return randomised(LlamaForCausalLM(config), seed)
+
+
+def mistral(seed=0):
+    """Grouped queries, and a head width of its own."""
+    config = MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=64,
+    )  # fmt: skip
+    return randomised(MistralForCausalLM(config), seed)
+
+
+def qwen2(seed=0):
+    """Llama with biases on queries, keys and values."""
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return randomised(Qwen2ForCausalLM(config), seed)
+
+
+FAMILIES = ["llama", "gpt2", "mistral", "qwen2"]
+
+
+def family(name):
+    return {"llama": llama, "gpt2": gpt2, "mistral": mistral, "qwen2": qwen2}[name]()
+
+
+def gpt2(seed=0, **options):
+    config = GPT2Config(
+        **{
+            "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64,
+            "bos_token_id": 1, "eos_token_id": 2,
+        } | options
+    )  # fmt: skip
+    return randomised(GPT2LMHeadModel(config), seed)
+
+
+def tokenizer():
+    """One token per word; no beginning-of-sequence token by itself."""
+    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(VOCABULARY - 5)), "<b>", "&"]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+def wrap(hf_model, backend, *, with_tokenizer=False):
+    return load_model(hf_model, backend=backend, device="cpu", tokenizer=tokenizer() if with_tokenizer else None)
+
+
+def unchecked(function):
+    """A public function without the suite's type checks, to see what it says of wrong arguments itself."""
+    return inspect.unwrap(function)
