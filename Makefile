@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints/transformer-lens-$(GENERATION).txt
 REPORT ?= report.html
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench picture clean
 
 demo: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/sd-lens report smollm2-135m --out $(REPORT)
@@ -26,6 +26,9 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed
 	for file in benchmarks/*.py; do HF_HUB_OFFLINE=1 $(BIN)/python $$file || exit 1; done
+
+picture: $(VENV)/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python docs/picture.py
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \

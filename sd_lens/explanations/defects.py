@@ -123,8 +123,7 @@ class SingularDefects:
         """
         tensors, metadata = load_result(path, "SingularDefects")
         block, attention, ffn = (
-            SingularTriples(**{f.name: tensors[f"{part}.{f.name}"] for f in fields(SingularTriples)})
-            for part in _PARTS
+            SingularTriples(**{f.name: tensors[f"{part}.{f.name}"] for f in fields(SingularTriples)}) for part in _PARTS
         )
         return cls(
             layers=tuple(metadata["layers"]),
@@ -148,7 +147,7 @@ def singular_defects(
     convention: Convention = "post-gain",
     centered: bool = True,
     n_samples: int = 100_000,
-    tol: float = 1e-5,
+    tol: float = 1e-4,
     seed: int = 0,
     progress: bool = True,
 ) -> SingularDefects:

@@ -46,7 +46,7 @@ class LeadingTriples:
 
 
 def leading_triples(
-    M: LinearMap, k: int = 1, *, tol: float = 1e-5, max_products: int = 2000, seed: int = 0
+    M: LinearMap, k: int = 1, *, tol: float = 1e-4, max_products: int = 2000, seed: int = 0
 ) -> LeadingTriples:
     """Leading singular triples of `M`, without its dense matrix.
 
@@ -110,7 +110,7 @@ def leading_triples(
         if basis.shape[1] >= _MAX_BLOCKS * width:
             kept = ritz[:, : _KEPT_BLOCKS * width].to(M.device, M.dtype)
             basis, images, pulled = basis @ kept, images @ kept, pulled @ kept
-    return _extract(basis, images, k, products)
+    return _triples(basis @ wanted, images @ wanted, k, products)
 
 
 def _next_block(basis: Tensor, candidates: Tensor, *, scale: float) -> Tensor:
@@ -119,18 +119,24 @@ def _next_block(basis: Tensor, candidates: Tensor, *, scale: float) -> Tensor:
     for _ in range(2):  # once loses orthogonality, twice is enough (Parlett, The Symmetric Eigenvalue Problem)
         block = block - basis @ (basis.mT @ block)
         block, R = torch.linalg.qr(block)
-        independent = R.diagonal().abs() > 16 * torch.finfo(block.dtype).eps
-        block = block[:, independent]
+        block = block[:, R.diagonal().abs() > 16 * torch.finfo(block.dtype).eps]
     return block[:, : basis.shape[0] - basis.shape[1]]
 
 
-def _extract(basis: Tensor, images: Tensor, k: int, products: int) -> LeadingTriples:
-    U, s, Vh = torch.linalg.svd(images.double(), full_matrices=False)
-    left, values = U[:, :k], s[:k]
-    right = basis.double() @ Vh[:k].mT
+def _triples(right: Tensor, image: Tensor, k: int, products: int) -> LeadingTriples:
+    """Triples from the Ritz vectors (`k` and one more, if there is one) and their images."""
+    values = image.norm(dim=0, dtype=torch.float64).cpu()
+    last, following = float(values[k - 1]), float(values[k]) if len(values) > k else 0.0
+    is_zero = following <= torch.finfo(image.dtype).eps * last
+    gap = last / following if not is_zero else (math.inf if last > 0 else 1.0)
+    left, right = _normalised(image[:, :k]), _normalised(right[:, :k])
     signs = left.gather(0, left.abs().argmax(dim=0, keepdim=True)).sign()
-    following = float(s[k]) if len(s) > k else 0.0
-    last = float(values[-1])
-    gap = last / following if following > 0 else (math.inf if last > 0 else 1.0)
-    dtype = basis.dtype
-    return LeadingTriples((left * signs).to(dtype), values.cpu(), (right * signs).to(dtype), max(gap, 1.0), products)
+    return LeadingTriples(left * signs, values[:k], right * signs, max(gap, 1.0), products)
+
+
+def _normalised(columns: Tensor) -> Tensor:
+    """Unit columns; a column of zeros becomes the first unit vector, which is as good as any."""
+    lengths = columns.norm(dim=0)
+    unit: Tensor = columns / lengths.clamp_min(torch.finfo(columns.dtype).tiny)
+    unit[0, lengths == 0] = 1
+    return unit

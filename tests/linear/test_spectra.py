@@ -39,7 +39,7 @@ def test_any_matrix_agrees_with_its_dense_svd(d_out, d_in, seed):
 def test_directions_agree_with_the_dense_svd_within_the_stated_bound(gap):
     values = [gap, *torch.linspace(1, 0.01, 199).tolist()]
     W = with_spectrum(values, 300, 250)
-    triples = leading_triples(from_matrix(W))
+    triples = leading_triples(from_matrix(W), tol=1e-5)
     U, s, Vh = torch.linalg.svd(W.double())
     assert triples.values[0].item() == pytest.approx(s[0].item(), rel=1e-6)
     assert triples.gap == pytest.approx(gap, rel=1e-2 if gap < 300 else 0.3)
@@ -51,7 +51,7 @@ def test_directions_agree_with_the_dense_svd_within_the_stated_bound(gap):
 
 def test_several_triples_come_largest_first_and_orthonormal():
     W = with_spectrum([9, 7, 5, 2, *[1] * 60], 80, 90)
-    triples = leading_triples(from_matrix(W), k=3)
+    triples = leading_triples(from_matrix(W), k=3, tol=1e-5)
     torch.testing.assert_close(triples.values, torch.tensor([9.0, 7, 5], dtype=torch.float64), rtol=1e-5, atol=0)
     assert triples.gap == pytest.approx(2.5, rel=1e-3)
     for vectors in (triples.left, triples.right):
@@ -65,7 +65,7 @@ def test_a_long_iteration_restarts_and_still_converges(monkeypatch):
     triples = leading_triples(from_matrix(W))
     assert triples.products > 2 * 6
     assert triples.values[0].item() == pytest.approx(1.002, rel=1e-4)
-    assert residual(W, triples) < 1.5e-5
+    assert residual(W, triples) < 1.1e-4
 
 
 def test_signs_are_fixed_and_runs_repeat():

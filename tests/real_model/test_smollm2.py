@@ -103,5 +103,7 @@ def test_the_closed_form_is_within_the_sampling_noise(smollm2, layer):
 def test_both_wrappers_predict_the_same(defects):
     for backend in tiny.BACKENDS:
         other = singular_defects(load_model("smollm2-135m", backend=backend), [2, 11, 28], progress=False)
-        angles = [acute_angles(other.block.left[i : i + 1], defects.block.left[b]).item() for i, b in enumerate((2, 11, 28))]
+        angles = [
+            acute_angles(other.block.left[i : i + 1], defects.block.left[b]).item() for i, b in enumerate((2, 11, 28))
+        ]
         assert max(angles) < 0.05
