@@ -64,8 +64,8 @@ def leading_triples(
     Example:
         >>> from sd_lens.linear.maps import diagonal
         >>> t = leading_triples(diagonal(torch.tensor([3.0, -7.0, 1.0])))
-        >>> [round(x, 4) for x in t.values.tolist()], t.left[:, 0].round().tolist(), round(t.gap, 3)
-        ([7.0], [-0.0, 1.0, 0.0], 2.333)
+        >>> [round(x, 4) for x in t.values.tolist()], t.left[:, 0].round().abs().tolist(), round(t.gap, 3)
+        ([7.0], [0.0, 1.0, 0.0], 2.333)
     """
     d_out, d_in = M.shape
     width = min(max(_BLOCK, k + 2), d_in)
@@ -127,7 +127,7 @@ def _triples(right: Tensor, image: Tensor, k: int, products: int) -> LeadingTrip
     """Triples from the Ritz vectors (`k` and one more, if there is one) and their images."""
     values = image.norm(dim=0, dtype=torch.float64).cpu()
     last, following = float(values[k - 1]), float(values[k]) if len(values) > k else 0.0
-    is_zero = following <= torch.finfo(image.dtype).eps * last
+    is_zero = following <= 64 * torch.finfo(image.dtype).eps * last  # rounding of a map of lower rank
     gap = last / following if not is_zero else (math.inf if last > 0 else 1.0)
     left, right = _normalised(image[:, :k]), _normalised(right[:, :k])
     signs = left.gather(0, left.abs().argmax(dim=0, keepdim=True)).sign()
