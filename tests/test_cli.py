@@ -97,3 +97,21 @@ def test_help_reads_well_and_the_command_is_installed():
 
     (script,) = [e for e in entry_points(group="console_scripts") if e.name == "sd-lens"]
     assert script.load() is not None
+
+
+def test_model_options_reach_load_model(monkeypatch, tmp_path, capsys):
+    import torch
+
+    import sd_lens
+
+    asked = []
+    monkeypatch.setattr(sd_lens, "load_model", lambda *a, **k: asked.append((a, k)) or "a model")
+    monkeypatch.setattr(sd_lens, "write_report", lambda *_, **__: ["a sentence"])
+    assert run("report", "m", "--backend", "bridge", "--dtype", "bfloat16", "--device", "cpu") == 0
+    assert run("report", "m", "--trust-remote-code") == 0
+    assert asked[0] == (
+        ("m",),
+        {"backend": "bridge", "device": "cpu", "dtype": torch.bfloat16, "trust_remote_code": False},
+    )
+    assert asked[1] == (("m",), {"backend": "auto", "device": None, "dtype": torch.float32, "trust_remote_code": True})
+    assert "a sentence" in capsys.readouterr().out

@@ -154,3 +154,20 @@ def test_unsupported_blocks_are_reported_before_any_work(tiny_llama, monkeypatch
     monkeypatch.setattr(defects, "leading_triples", lambda *_, **__: pytest.fail("work was done"))
     with pytest.raises(InputError, match="block 7 does not exist"):
         singular_defects(tiny_llama, layers=[0, 7], progress=False)
+
+
+def test_the_papers_variant_drops_the_centring_in_both_maps(backend):
+    model = tiny.wrap(tiny.gpt2(), backend)
+    plain = singular_defects(model, centered=False, progress=False)
+    for layer in range(3):
+        block = block_weights(model, layer)
+        A, F = attention_map(block, centered=False), ffn_map(block, centered=False)
+        for part, M in (("attention", A), ("ffn", F), ("block", block_map(A, F))):
+            s = torch.linalg.svdvals(M.dense().double())[0].item()
+            assert getattr(plain, part).values[layer].item() == pytest.approx(s, rel=1e-5)
+    # Centred maps cannot see the mean of their input, the others do.
+    centred = singular_defects(model, progress=False)
+    for part in ("attention", "ffn", "block"):
+        assert getattr(plain, part).right.sum(dim=1).abs().max() > 0.05
+    for part in ("attention", "ffn"):
+        assert getattr(centred, part).right.sum(dim=1).abs().max() < 1e-4

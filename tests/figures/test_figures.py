@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,6 +25,7 @@ def test_surface_and_heatmap_show_every_norm_and_the_token(results):
         assert list(trace.customdata[0]) == list(text.tokens)
         assert trace.text[2][0] == shown_number(float(text.norms[2, 0]))
         assert "token %{customdata}" in trace.hovertemplate
+        assert trace.colorscale[0][1] == "#00224e"  # Cividis begins so
         assert figure.layout.title.text
 
 
@@ -34,6 +37,11 @@ def test_per_layer_norms_are_logarithmic_with_marks(results):
     maximum = next(t for t in figure.data if t.name.startswith("maximum"))
     assert list(maximum.y) == found.scan.maximum.tolist()
     assert {a.text for a in figure.layout.annotations} == {"explosion 2", "decay 4"}
+    curves = {t.name: list(t.y) for t in figure.data}
+    assert curves["median, initial tokens"] == found.scan.initial_median.tolist()
+    assert curves["median, other tokens"] == found.scan.ordinary_median.tolist()
+    assert curves["median, non-initial high-norm tokens"] == found.non_initial.median.tolist()
+    assert curves["threshold"] == [None if t == float("inf") else t for t in found.threshold.tolist()]
 
 
 def test_angles_are_the_results(results):
@@ -52,6 +60,9 @@ def test_singular_values_are_the_results(results):
     figure = figures.singular_values(defects)
     assert list(figure.data[0].y) == defects.block.values.tolist()
     assert [t.name for t in figure.data] == ["block L", "MLP F", "attention A", "gap s1/s2 of L"]
+    some = replace(defects, layers=(7, 8, 9, 10, 11, 12))
+    for drawn in (figures.singular_values(some), figures.direction_angles(some, defects.block.left[0])):
+        assert all(list(trace.x) == [7, 8, 9, 10, 11, 12] for trace in drawn.data)
 
 
 def test_a_model_without_high_norm_tokens_can_be_drawn(tiny_llama):

@@ -119,3 +119,20 @@ def test_a_users_own_hook_stays(tiny_model):
     plain = scan_norms(tiny_model, [TOKENS], progress=False)
     torch.testing.assert_close(tripled.maximum[0], again.maximum[0])
     torch.testing.assert_close(tripled.maximum[0], 3 * plain.maximum[0])
+
+
+def test_a_point_that_fires_repeatedly_calls_back_once(tiny_model):
+    calls = []
+    run_with_hooks(
+        tiny_model,
+        TOKENS,
+        {"blocks.0.ln1.hook_scale": lambda x: calls.append(x.shape), "blocks.2.hook_resid_post": lambda x: None},
+    )
+    assert len(calls) == 1
+
+
+def test_attention_patterns_reach_their_hooks(tiny_model):
+    """Needs eager attention, which sd_lens asks transformers for."""
+    seen = []
+    run_with_hooks(tiny_model, TOKENS, {"blocks.1.attn.hook_pattern": lambda x: seen.append(x.clone())})
+    torch.testing.assert_close(seen[0].sum(dim=-1), torch.ones(2, 4, 4))

@@ -1,4 +1,5 @@
 import builtins
+import importlib
 import json
 import shutil
 
@@ -7,7 +8,7 @@ import torch
 import transformers
 
 from sd_lens import load_model
-from sd_lens.errors import InputError, ModelLoadError
+from sd_lens.errors import CacheError, InputError, ModelLoadError
 from sd_lens.models import wrapping
 from tests import tiny
 
@@ -50,6 +51,16 @@ def test_a_wrong_conversion_is_noticed(monkeypatch):
     monkeypatch.setattr(wrapping, "_largest_difference", lambda *_: 0.02)
     with pytest.raises(ModelLoadError, match=r"converts this LlamaForCausalLM wrongly: .* 2\.0e-02"):
         tiny.wrap(tiny.llama(), "hooked_transformer")
+    load_model(tiny.llama(), backend="hooked_transformer", dtype=torch.bfloat16)  # rounding alone may do that
+    monkeypatch.setattr(wrapping, "_largest_difference", lambda *_: 0.06)
+    with pytest.raises(ModelLoadError, match="wrongly"):
+        load_model(tiny.llama(), backend="hooked_transformer", dtype=torch.bfloat16)
+
+
+def test_the_difference_of_two_models_is_seen(backend):
+    model = tiny.wrap(tiny.llama(seed=1), backend)
+    assert wrapping._largest_difference(tiny.llama(seed=1), model) < 1e-5
+    assert wrapping._largest_difference(tiny.llama(seed=2), model) > 0.1
 
 
 @pytest.mark.skipif("hooked_transformer" in tiny.BACKENDS, reason="needs TransformerLens 4")
@@ -193,3 +204,26 @@ def test_wrong_arguments_say_what_is_expected():
         load(hf_model, device="cuda:99")
     with pytest.raises(InputError, match="unknown backend 'jax'; expected one of"):
         tiny.unchecked(wrapping.wrapped)(hf_model, None, "x", backend="jax", device=torch.device("cpu"))
+
+
+def test_pickled_weights_of_a_hub_model_are_not_read(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--me--pickled" / "snapshots" / "0123"
+    tiny.llama().save_pretrained(snapshot)
+    tiny.tokenizer().save_pretrained(snapshot)
+    (snapshot / "model.safetensors").unlink()
+    torch.save(tiny.llama().state_dict(), snapshot / "pytorch_model.bin")
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0123")
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelLoadError, match="cannot load the weights of me/pickled"):
+        load_model("me/pickled")
+
+
+def test_a_cached_model_that_cannot_be_read_is_a_damaged_cache(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    loading = importlib.import_module("sd_lens.models.loading")
+    monkeypatch.setattr(loading, "packaged_folder", lambda *_: tmp_path)
+    with pytest.raises(CacheError, match="is damaged: delete it and load again"):
+        load_model("smollm2-135m")

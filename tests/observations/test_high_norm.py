@@ -8,6 +8,7 @@ from sd_lens import find_high_norm_tokens
 from sd_lens.errors import InputError
 from sd_lens.linear.angles import acute_angles
 from sd_lens.models.hooks import residual_stream_points, run_with_hooks
+from sd_lens.observations.high_norm import _group
 from tests import planted, tiny
 
 
@@ -112,3 +113,37 @@ def test_a_full_table_warns_and_the_direction_still_covers_all():
     assert len(cut.table) < len(whole.table)
     assert cut.n_states == whole.n_states
     torch.testing.assert_close(cut.direction, whole.direction)
+
+
+def group(norms, high, ordinary_growth=None):
+    """The group of tokens with these norms (`[token][point]`), high where the norm exceeds `high`."""
+    t = torch.tensor(norms, dtype=torch.float64).T
+    growth = torch.ones(len(t) - 1, dtype=torch.float64) if ordinary_growth is None else ordinary_growth
+    return _group(t, t > high, growth)
+
+
+def test_explosion_is_doubling_beyond_ordinary_growth_into_high_norm():
+    assert group([[1, 1.9, 100, 150]], 50).explosion_layers == (1,)
+    assert group([[1, 40, 60, 60]], 50).explosion_layers == ()  # high, but it did not double
+    assert group([[1, 40, 49, 49]], 50).explosion_layers == ()  # never high
+    ordinary = torch.tensor([30.0, 1.0, 1.0], dtype=torch.float64)
+    assert group([[2, 60, 120, 120]], 50, ordinary).explosion_layers == (1,)  # in block 0 all norms grow thirtyfold
+
+
+def test_decay_is_losing_a_third_of_a_high_norm():
+    assert group([[1, 90, 61, 40, 1]], 50).decay_layers == (2,)  # 0.68 is no decay, and 40 was not high
+    assert group([[1, 90, 60, 60, 60]], 50).decay_layers == (1,)
+
+
+def test_a_layer_needs_half_of_the_tokens():
+    one, other = [1, 100, 100, 10], [1, 1, 100, 100]
+    assert group([one, other], 50).explosion_layers == (0, 1)
+    assert group([one, other, other], 50).explosion_layers == (1,)
+    assert group([one, other, other], 50).decay_layers == ()
+
+
+def test_group_curves_are_of_the_stream_after_each_block():
+    found = group([[1, 100, 7], [3, 300, 5], [2, 200, 9]], 50)
+    assert found.maximum.tolist() == [300, 9]
+    assert found.median.tolist() == [200, 7]
+    torch.testing.assert_close(found.growth, torch.tensor([100, 9 / 200], dtype=torch.float64))

@@ -76,3 +76,17 @@ def test_exploding_initial_tokens_do_not_hide_themselves():
     """Half of all tokens explode, as in texts of two tokens: the others are what is ordinary."""
     others, initial = ordinary(40), 500 * ordinary(40, 0.1, seed=3)
     assert gap(torch.cat([others, initial]), others) < 250
+
+
+@pytest.mark.parametrize(("factor", "is_high"), [(3.0, False), (6.0, True)])
+def test_high_means_four_medians(factor, is_high):
+    norms = torch.cat([ordinary(1000, spread=0.05), factor * ordinary(20, 0.01)])
+    assert math.isinf(gap(norms)) != is_high
+
+
+@pytest.mark.parametrize(("between", "is_high"), [(10, True), (80, False)])
+def test_a_valley_holds_a_quarter_of_what_is_above_at_most(between, is_high):
+    """Tokens spread evenly (in logarithm) over the octave between the ordinary and 50 high ones."""
+    spread = torch.logspace(0.9, 2.0, between, base=2, dtype=torch.float64)
+    norms = torch.cat([ordinary(1000, 0.05), spread, 2**2.1 * ordinary(50, 0.01)])
+    assert math.isinf(gap(norms)) != is_high

@@ -49,6 +49,10 @@ def test_scan_equals_brute_force_whatever_the_batches(tiny_hf, backend, texts, b
     torch.testing.assert_close(
         scan.ordinary_median, ordinary.quantile(0.5, dim=1, interpolation="lower"), rtol=2e-3, atol=0
     )
+    initial = torch.cat([e[:, :1] for e in expected], dim=1)
+    torch.testing.assert_close(
+        scan.initial_median, initial.quantile(0.5, dim=1, interpolation="lower"), rtol=2e-3, atol=0
+    )
     assert len(scan.samples) == 3
     for sample, norms, text in zip(scan.samples, expected, texts, strict=False):
         torch.testing.assert_close(sample.norms, norms, rtol=1e-4, atol=0)
@@ -96,3 +100,9 @@ def test_nan_weights_are_an_error(tiny_llama):
         tiny_llama.blocks[0].mlp.W_out[0, 0] = torch.nan
     with pytest.raises(NumericalError, match=r"not finite at blocks\.0\.hook_resid_post, texts 0 to 0"):
         scan_norms(tiny_llama, torch.arange(3, 13), progress=False)
+
+
+def test_cut_texts_are_counted(tiny_llama, texts):
+    scan = scan_norms(tiny_llama, texts, max_length=6, batch_tokens=8, progress=False)
+    assert scan.n_truncated == sum(n > 6 for n in LENGTHS)
+    assert scan.n_tokens == sum(min(n, 6) for n in LENGTHS)

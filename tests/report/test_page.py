@@ -6,6 +6,7 @@ import torch
 
 from sd_lens import find_high_norm_tokens, singular_defects, write_report
 from sd_lens.errors import InputError
+from sd_lens.figures.style import shown_number
 from sd_lens.report.findings import findings
 from sd_lens.report.page import Page
 from tests import planted, tiny
@@ -40,7 +41,16 @@ def test_sentences_carry_the_results_numbers(model):
     assert "Exploding norms: 4 of 40 initial tokens, and 36 tokens at other positions, most often 'w4' (36x)." in text
     assert "The norm explodes in block 2 and decays in block 4 (0-based)." in text
     growth = float(found.non_initial.growth[2])
-    assert f"Block 2: the norm of the non-initial high-norm tokens grows {growth:,.3g}x (median of 36)" in text
+    before, after = (shown_number(float(found.non_initial.median[layer])) for layer in (1, 2))
+    assert (
+        f"Block 2: the norm of the non-initial high-norm tokens grows {growth:,.3g}x (median of 36), "
+        f"from {before} to {after} (medians before and after)." in text
+    )
+    fall = 100 * float(found.initial.growth[4])
+    assert 0.5 < fall < 60
+    assert f"Block 4: the norm of the initial tokens falls to {fall:.0f} % (median of 4)" in text
+    elsewhere = sorted(defects.angles_to(found.direction)[[0, 1, 3, 5]].tolist())
+    assert f"In the other 4 blocks that angle is {elsewhere[0]:.1f} to {elsewhere[-1]:.1f} degrees" in text
     assert f"{float(defects.angles_to(found.direction)[2]):.1f} degrees at block 2 (explosion;" in text
     assert f"Their mean pairwise angle is {found.pairwise_angle:.1f}".lower() in text.lower()
 
@@ -78,3 +88,13 @@ def test_a_failing_run_leaves_no_file(model, tmp_path):
     with pytest.raises(InputError, match="there are no texts"):
         write_report(model, tmp_path / "r.html", [], progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_table_shows_the_largest_norms_first_and_says_what_it_leaves_out():
+    table = pd.DataFrame(
+        {"text": range(250), "position": 1, "token": [f"t{i}" for i in range(250)], "layer": 2, "norm": range(10, 260)}
+    ).astype({"norm": float})
+    page = Page("t", "s", [], [], table, {}).to_html()
+    shown = re.findall(r"<code>t(\d+)</code>", page)
+    assert shown == [str(i) for i in range(249, 49, -1)]
+    assert "The 50 tokens with smaller norms are left out here." in page
