@@ -211,8 +211,9 @@ def _stacked(triples: list[LeadingTriples]) -> SingularTriples:
 
 
 def _has_gain(block: BlockWeights) -> bool:
-    gain = block.mlp_norm.gain
-    return gain is not None and bool((gain != 1).any())
+    gain, bias = block.mlp_norm.gain, block.mlp_norm.bias
+    is_trivial = gain is None or not bool((gain != 1).any())
+    return not is_trivial or (bias is not None and bool((bias != 0).any()))
 
 
 def _warn_of_small_gaps(defects: SingularDefects) -> None:

@@ -79,11 +79,15 @@ def block_weights(model: Any, layer: int) -> BlockWeights:
         NotSupportedError: for a block that is not sequential, pre-norm and dense.
     """
     cfg = model.cfg
+    if not hasattr(model, "blocks"):
+        raise NotSupportedError("not supported yet: models that are not causal decoders")
     if not 0 <= layer < cfg.n_layers:
         raise InputError(f"block {layer} does not exist: the model has blocks 0 to {cfg.n_layers - 1}")
     block = model.blocks[layer]
     _check_supported(cfg, block)
     attn, mlp = block.attn, block.mlp
+    if not mlp.W_in.is_floating_point():
+        raise NotSupportedError(f"not supported yet: weights stored as {mlp.W_in.dtype}; dequantise them first")
     W_gate = _tensor(mlp, "W_gate")
     b_in, b_gate = _tensor(mlp, "b_in"), _tensor(mlp, "b_gate")
     if W_gate is not None and b_in is not None and bool((b_in != 0).any()):

@@ -29,7 +29,8 @@ def load_model(
 
     Args:
         source: `"smollm2-135m"`, the packaged model; a folder in Hugging Face's layout; a `.gguf` file; a
-            TransformerLens or hub name; or a transformers model in memory (the bridge wraps it in place).
+            TransformerLens or hub name; or a transformers model in memory, which is
+            set to `dtype` and evaluation in place (and wrapped in place by the bridge).
         backend: `"hooked_transformer"`, `"bridge"`, or `"auto"`: HookedTransformer where the installed
             TransformerLens has it and knows the architecture, else the bridge.
         device: CUDA if there is one, else the CPU, by default.
@@ -57,7 +58,7 @@ def load_model(
                 "or a transformers model"
             )
         name = str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
-        return wrapped(source.to(dtype), tokenizer, name, backend=backend, device=target)
+        return wrapped(source.to(dtype).eval(), tokenizer, name, backend=backend, device=target)
     name = str(source)
     if name == PACKAGED_NAME:
         folder = packaged_folder(_dequantise)
@@ -135,8 +136,10 @@ def _read(name: str, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
         try:
             return read()
         except Exception as error:
-            raise ModelLoadError(f"cannot load the {what} of {options.get('gguf_file', name)}: "
-                                 f"{first_line(error)}") from error  # fmt: skip
+            damaged = " (is the file cut short or damaged?)" if "gguf_file" in options else ""
+            raise ModelLoadError(
+                f"cannot load the {what} of {options.get('gguf_file', name)}{damaged}: {first_line(error)}"
+            ) from error
 
     tokenizer = attempt("tokenizer", lambda: AutoTokenizer.from_pretrained(name, **options))
     weights = {} if "gguf_file" in options else {"use_safetensors": True}

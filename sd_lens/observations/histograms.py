@@ -101,7 +101,8 @@ def _middle_of_first_run(valid: Bool[Tensor, " cut"], cuts: Int64[Tensor, " cut"
         return torch.tensor(torch.inf, dtype=torch.float64)
     first = int(valid.long().argmax())
     run = int(valid[first:].long().cumprod(0).sum())
-    return norm_of(cuts[first + (run - 1) // 2].double())
+    # The very number of CUTS: computed anew it may differ in the last bit, and sums are kept between CUTS.
+    return CUTS[cuts[first + (run - 1) // 2] // (BINS_PER_OCTAVE // 8)]
 
 
 CUTS: Float64[Tensor, " cut"] = norm_of(torch.arange(0, _N_BINS, BINS_PER_OCTAVE // 8, dtype=torch.float64))

@@ -92,14 +92,24 @@ def token_rows(model: Any, texts: Texts, *, prepend_bos: bool | None = None) -> 
         if isinstance(text, str):
             if getattr(model, "tokenizer", None) is None:
                 raise InputError("the model has no tokenizer: pass token ids, or load it with a tokenizer")
-            # TransformerLens reads the length limit from cfg.n_ctx; cutting is reported, so it is ours.
-            yield model.to_tokens(text, prepend_bos=add_bos, truncate=False)[0].cpu()
+            # Cutting is reported, so it is ours. The token in front too: TransformerLens would put the text
+            # "<|endoftext|>" in front where the tokenizer has neither such a token nor another.
+            row = model.to_tokens(text, prepend_bos=False, truncate=False)[0].cpu()
+            yield torch.cat([torch.tensor([_bos(model)]), row]) if add_bos else row
         elif isinstance(text, Tensor) and text.ndim in (1, 2) and not text.is_floating_point():
             yield from (text if text.ndim == 2 else text[None]).cpu().long()
         else:
             raise InputError(
                 f"text {number} is neither a string nor a tensor of token ids [pos] or [n, pos]: {type(text).__name__}"
             )
+
+
+def _bos(model: Any) -> int:
+    tokenizer = model.tokenizer
+    bos = tokenizer.bos_token_id
+    if bos is None or bos == tokenizer.unk_token_id or bos >= model.cfg.d_vocab:
+        raise InputError("the tokenizer has no beginning-of-sequence token: pass prepend_bos=False")
+    return int(bos)
 
 
 def batches(
@@ -128,19 +138,21 @@ def batches(
     """
     if max_length is not None and max_length < 1:
         raise InputError(f"max_length={max_length}: a text needs at least one token")
+    if batch_tokens < 1:
+        raise InputError(f"batch_tokens={batch_tokens}: a batch needs at least one token")
     limit = min(max_length or model.cfg.n_ctx, model.cfg.n_ctx)
     total = len(texts) if isinstance(texts, list | tuple) else None
     rows: list[Tensor] = []
-    first_text, n_truncated = 0, 0
+    first_text, n_truncated, longest = 0, 0, 0
     with tqdm(desc=description, total=total, unit="text", disable=not progress, leave=False) as bar:
         for row in token_rows(model, texts, prepend_bos=prepend_bos):
             if len(row) == 0:
                 raise InputError(f"text {first_text + len(rows)} has no tokens: it is empty")
-            longest = max([min(len(row), limit), *map(len, rows)])
+            longest = max(min(len(row), limit), longest)
             if rows and longest * (len(rows) + 1) > batch_tokens:
                 yield _padded(rows, first_text, n_truncated)
                 bar.update(len(rows))
-                first_text, rows, n_truncated = first_text + len(rows), [], 0
+                first_text, rows, n_truncated, longest = first_text + len(rows), [], 0, min(len(row), limit)
             n_truncated += len(row) > limit
             rows.append(row[:limit])
         if not rows:

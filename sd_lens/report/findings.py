@@ -1,8 +1,9 @@
-"""What was found, in sentences with numbers; results in, plain text out."""
+"""What was found, in sentences with numbers; results in, HTML text out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
 from sd_lens.explanations.defects import SingularDefects
 from sd_lens.figures.style import shown_number, shown_token
@@ -29,7 +30,7 @@ def _corpus(found: HighNormTokens) -> str:
     scan = found.scan
     first = ", ".join(f"{_quoted(t)} ({n}x)" if n > 1 else _quoted(t) for t, n in list(scan.initial_tokens.items())[:5])
     cut = f"; {scan.n_truncated} of the texts were cut to the longest length" if scan.n_truncated else ""
-    more = ", ..." if len(scan.initial_tokens) > 5 else ""
+    more = " and others" if len(scan.initial_tokens) > 5 else ""
     return (
         f"{scan.n_tokens:,} tokens of {scan.n_texts:,} texts were run, "
         f"{'with' if scan.prepend_bos else 'without'} a beginning-of-sequence token in front; "
@@ -38,10 +39,12 @@ def _corpus(found: HighNormTokens) -> str:
 
 
 def _nothing(found: HighNormTokens) -> str:
-    ratio = float((found.scan.maximum / found.scan.ordinary_median.clamp_min(1e-300)).max())
+    if float(found.scan.ordinary_median.min()) == 0:
+        return "No high-norm tokens were found: no norm exceeds the threshold."
+    ratio = float((found.scan.maximum / found.scan.ordinary_median).max())
     return (
-        "No high-norm tokens were found: no block has norms that a gap separates from ordinary ones. "
-        f"The largest norm of any block is {ratio:.1f} times the median there."
+        "No high-norm tokens were found: no block has norms above its threshold, or none that a gap separates from "
+        f"ordinary ones. The largest norm of any block is {ratio:.1f} times the median there."
     )
 
 
@@ -110,7 +113,7 @@ def _angles(found: HighNormTokens, defects: SingularDefects) -> list[str]:
     if elsewhere:
         sentences.append(
             f"In the other {len(elsewhere)} blocks that angle is {elsewhere[0]:.1f} to {elsewhere[-1]:.1f} degrees, "
-            f"median {elsewhere[len(elsewhere) // 2]:.1f}."
+            f"median {median(elsewhere):.1f}."
         )
     return sentences
 

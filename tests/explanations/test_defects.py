@@ -8,6 +8,8 @@ import torch
 from sd_lens import SingularDefects, find_high_norm_tokens, singular_defects
 from sd_lens.errors import InputError, NumericalError, SmallGapWarning
 from sd_lens.linear.approximations import attention_map, block_map, ffn_map
+from sd_lens.linear.maps import identity_like
+from sd_lens.linear.spectra import leading_triples
 from sd_lens.models.blocks import block_weights
 from tests import planted, tiny
 
@@ -39,6 +41,18 @@ def test_triples_equal_the_dense_svd_of_each_map(tiny_model):
             assert triples.gap[layer].item() == pytest.approx((s[0] / s[1]).item(), rel=1e-2)
             assert abs(float(triples.left[layer].double() @ U[:, 0])) == pytest.approx(1, abs=1e-6)
             assert abs(float(triples.right[layer].double() @ Vh[0])) == pytest.approx(1, abs=1e-6)
+
+
+def test_triples_of_the_residual_steps_equal_the_dense_svd(tiny_model):
+    block = block_weights(tiny_model, 1)
+    for M in (attention_map(block), ffn_map(block)):
+        step = identity_like(M) + M
+        triples = leading_triples(step, k=2, tol=1e-5)
+        U, s, Vh = torch.linalg.svd(step.dense().double())
+        torch.testing.assert_close(triples.values, s[:2], rtol=1e-5, atol=0)
+        for i in range(2):
+            assert abs(float(triples.left[:, i].double() @ U[:, i])) == pytest.approx(1, abs=1e-5)
+            assert abs(float(triples.right[:, i].double() @ Vh[i])) == pytest.approx(1, abs=1e-5)
 
 
 def test_both_backends_agree(tiny_hf):

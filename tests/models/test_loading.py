@@ -227,3 +227,8 @@ def test_a_cached_model_that_cannot_be_read_is_a_damaged_cache(tmp_path, monkeyp
     monkeypatch.setattr(loading, "packaged_folder", lambda *_: tmp_path)
     with pytest.raises(CacheError, match="is damaged: delete it and load again"):
         load_model("smollm2-135m")
+
+
+def test_a_model_in_training_mode_is_set_to_evaluation(backend):
+    model = load_model(tiny.gpt2().train(), backend=backend)
+    assert torch.equal(logits(model), logits(model))

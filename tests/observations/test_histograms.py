@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd_lens.observations.histograms import NormHistogram, norm_gaps
+from sd_lens.observations.histograms import CUTS, NormHistogram, norm_gaps
 
 
 def histogram(*norms):
@@ -90,3 +90,9 @@ def test_a_valley_holds_a_quarter_of_what_is_above_at_most(between, is_high):
     spread = torch.logspace(0.9, 2.0, between, base=2, dtype=torch.float64)
     norms = torch.cat([ordinary(1000, 0.05), spread, 2**2.1 * ordinary(50, 0.01)])
     assert math.isinf(gap(norms)) != is_high
+
+
+@pytest.mark.parametrize("scale", torch.logspace(-3, 3, 40).tolist())
+def test_thresholds_are_exactly_of_the_grid(scale):
+    norms = scale * torch.cat([torch.ones(100), torch.full((3,), 37.0)]).double()
+    assert gap(norms) in CUTS.tolist()

@@ -104,3 +104,10 @@ def test_text_files_are_read_and_bad_ones_named(tmp_path):
             read_texts(path)
     with pytest.raises(InputError, match=r"cannot read the texts of .*none\.txt: No such file"):
         read_texts(tmp_path / "none.txt")
+
+
+def test_a_tokenizer_without_bos_is_named(tiny_llama):
+    tiny_llama.tokenizer.bos_token = "no such token"
+    with pytest.raises(InputError, match="has no beginning-of-sequence token: pass prepend_bos=False"):
+        rows(tiny_llama, "w0 w1", prepend_bos=True)
+    assert rows(tiny_llama, "w0 w1", prepend_bos=False) == [[3, 4]]
