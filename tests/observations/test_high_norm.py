@@ -8,7 +8,8 @@ from sd_lens import find_high_norm_tokens
 from sd_lens.errors import InputError
 from sd_lens.linear.angles import acute_angles
 from sd_lens.models.hooks import residual_stream_points, run_with_hooks
-from sd_lens.observations.high_norm import _DirectionSums, _group
+from sd_lens.observations.accumulators import DirectionSums
+from sd_lens.observations.high_norm import _group
 from sd_lens.observations.histograms import CUTS
 from tests import planted, tiny
 
@@ -153,7 +154,7 @@ def test_group_curves_are_of_the_stream_after_each_block():
 @pytest.mark.parametrize("cut", CUTS[:: len(CUTS) // 97].tolist() + CUTS[360:400].tolist())
 def test_sums_above_a_cut_hold_every_state_above_it(cut):
     norms = torch.tensor([0.5, 0.97, 1.03, 2.0], dtype=torch.float64) * cut
-    sums = _DirectionSums(CUTS)
+    sums = DirectionSums(CUTS)
     sums.add(0, norms[:, None], norms)
     count, total = sums.above(0, cut)
     assert count == 2
