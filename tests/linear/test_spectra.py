@@ -62,10 +62,10 @@ def test_several_triples_come_largest_first_and_orthonormal():
 def test_a_long_iteration_restarts_and_still_converges(monkeypatch):
     monkeypatch.setattr(spectra, "_MAX_BLOCKS", 6)
     W = with_spectrum([1.002, *torch.linspace(1, 0.9, 399).tolist()], 400, 400)
-    triples = leading_triples(from_matrix(W))
+    triples = leading_triples(from_matrix(W), tol=1e-5)
     assert triples.products > 2 * 6
     assert triples.values[0].item() == pytest.approx(1.002, rel=1e-4)
-    assert residual(W, triples) < 1.1e-4
+    assert residual(W, triples) < 1.5e-5
 
 
 def test_signs_are_fixed_and_runs_repeat():
