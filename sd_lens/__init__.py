@@ -1,14 +1,30 @@
 """Where do a language model's high-norm tokens come from?
 
 `load_model` brings a model, `find_high_norm_tokens` observes it, `singular_defects` predicts the direction
-of its exploding tokens from the weights alone, `figures` draws, and `write_report` does all of it.
+of its exploding tokens from the weights alone, `attribute` says who wrote their norm, `ablate` and `patch`
+prove it, `figures` draws, and `write_report` does all of it.
 """
 
 from importlib.metadata import version
 
 from sd_lens import errors, figures
+from sd_lens.explanations.ablation import Ablation, ablate
+from sd_lens.explanations.attribution import Attribution, Faithfulness, attribute
+from sd_lens.explanations.components import Component
+from sd_lens.explanations.corpus import CorpusAttribution, attribute_corpus
 from sd_lens.explanations.defects import SingularDefects, SingularTriples, singular_defects
+from sd_lens.explanations.drilling import (
+    NeuronAttribution,
+    SourceAttribution,
+    attribute_neurons,
+    attribute_sources,
+)
+from sd_lens.explanations.faithfulness import verify
+from sd_lens.explanations.interventions import ablated
+from sd_lens.explanations.patching import Patching, patch
+from sd_lens.explanations.sweep import AblationSweep, sweep_ablations
 from sd_lens.models.loading import load_model
+from sd_lens.observations.behaviour import Behaviour, observe_behaviour
 from sd_lens.observations.high_norm import HighNormTokens, TokenGroup, find_high_norm_tokens
 from sd_lens.observations.norms import NormScan, TextNorms, scan_norms
 from sd_lens.observations.texts import default_texts, read_texts
@@ -17,19 +33,39 @@ from sd_lens.report.writing import write_report
 __version__ = version("sd_lens")
 
 __all__ = [
+    "Ablation",
+    "AblationSweep",
+    "Attribution",
+    "Behaviour",
+    "Component",
+    "CorpusAttribution",
+    "Faithfulness",
     "HighNormTokens",
+    "NeuronAttribution",
     "NormScan",
+    "Patching",
     "SingularDefects",
     "SingularTriples",
+    "SourceAttribution",
     "TextNorms",
     "TokenGroup",
+    "ablate",
+    "ablated",
+    "attribute",
+    "attribute_corpus",
+    "attribute_neurons",
+    "attribute_sources",
     "default_texts",
     "errors",
     "figures",
     "find_high_norm_tokens",
     "load_model",
+    "observe_behaviour",
+    "patch",
     "read_texts",
     "scan_norms",
     "singular_defects",
+    "sweep_ablations",
+    "verify",
     "write_report",
 ]

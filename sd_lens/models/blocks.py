@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sd_lens.errors import InputError, NotSupportedError
+from sd_lens.models.hooks import architecture_of
 
 NormKind = Literal["rms", "layer"]
 
@@ -33,6 +34,29 @@ class Norm:
     kind: NormKind
     gain: Float[Tensor, " d_model"] | None
     bias: Float[Tensor, " d_model"] | None
+
+
+@dataclass(frozen=True)
+class BlockWrites:
+    """How a block writes to the residual stream: the tensors behind its activations, in their own dtype.
+
+    Attributes:
+        layer: 0-based index of the block.
+        W_O: output weights, one per head.
+        b_O: bias of attention's output, None if absent or zero.
+        W_out: from the neurons to the stream; None where no single matrix does that (mixtures of experts).
+        b_out: bias of the MLP's output, None if absent or zero.
+        attention_post_gain: gain of the RMSNorm behind attention (Gemma 2, 3), None without one.
+        mlp_post_gain: the same behind the MLP.
+    """
+
+    layer: int
+    W_O: Float[Tensor, "head d_head d_model"]
+    b_O: Float[Tensor, " d_model"] | None  # noqa: N815 - TransformerLens's name
+    W_out: Float[Tensor, "d_mlp d_model"] | None
+    b_out: Float[Tensor, " d_model"] | None
+    attention_post_gain: Float[Tensor, " d_model"] | None
+    mlp_post_gain: Float[Tensor, " d_model"] | None
 
 
 @dataclass(frozen=True)
@@ -71,6 +95,31 @@ class BlockWeights:
         return self.W_in.shape[0]
 
 
+def block_writes(model: Any, layer: int) -> BlockWrites:
+    """How block `layer` (0-based) of a `HookedTransformer` or `TransformerBridge` writes to the residual stream.
+
+    Any architecture with these weights will do; whether its stream really is the sum of these writes shows
+    when they are added up.
+
+    Raises:
+        InputError: if there is no such block.
+        NotSupportedError: for attention without output weights per head, or weights that are not floating-point.
+    """
+    block = _block(model, layer)
+    W_O = _tensor(block.attn, "W_O")
+    if W_O is None or W_O.ndim != 3 or not W_O.is_floating_point():
+        raise NotSupportedError(f"not supported yet: block {layer} has no floating-point W_O per head")
+    return BlockWrites(
+        layer=layer,
+        W_O=W_O,
+        b_O=_bias(block.attn, "b_O"),
+        W_out=_tensor(block.mlp, "W_out"),
+        b_out=_bias(block.mlp, "b_out"),
+        attention_post_gain=_post_gain(model.cfg, block, "ln1_post"),
+        mlp_post_gain=_post_gain(model.cfg, block, "ln2_post"),
+    )
+
+
 def block_weights(model: Any, layer: int) -> BlockWeights:
     """The view of block `layer` (0-based) of a `HookedTransformer` or `TransformerBridge`.
 
@@ -79,12 +128,8 @@ def block_weights(model: Any, layer: int) -> BlockWeights:
         NotSupportedError: for a block that is not sequential, pre-norm and dense.
     """
     cfg = model.cfg
-    if not hasattr(model, "blocks"):
-        raise NotSupportedError("not supported yet: models that are not causal decoders")
-    if not 0 <= layer < cfg.n_layers:
-        raise InputError(f"block {layer} does not exist: the model has blocks 0 to {cfg.n_layers - 1}")
-    block = model.blocks[layer]
-    _check_supported(cfg, block)
+    block = _block(model, layer)
+    _check_supported(model, block)
     attn, mlp = block.attn, block.mlp
     if not mlp.W_in.is_floating_point():
         raise NotSupportedError(f"not supported yet: weights stored as {mlp.W_in.dtype}; dequantise them first")
@@ -113,7 +158,16 @@ def all_blocks(model: Any, layers: tuple[int, ...]) -> list[BlockWeights]:
     return [block_weights(model, layer) for layer in layers]
 
 
-def _check_supported(cfg: Any, block: Any) -> None:
+def _block(model: Any, layer: int) -> Any:
+    if not hasattr(model, "blocks"):
+        raise NotSupportedError("not supported yet: models that are not causal decoders")
+    if not 0 <= layer < model.cfg.n_layers:
+        raise InputError(f"block {layer} does not exist: the model has blocks 0 to {model.cfg.n_layers - 1}")
+    return model.blocks[layer]
+
+
+def _check_supported(model: Any, block: Any) -> None:
+    cfg = model.cfg
     if getattr(cfg, "parallel_attn_mlp", False):
         raise NotSupportedError("not supported yet: blocks with attention and MLP in parallel")
     if hasattr(block, "ln1_post") or hasattr(block, "ln2_post"):
@@ -123,7 +177,7 @@ def _check_supported(cfg: Any, block: Any) -> None:
     if getattr(cfg, "num_experts", None) or any(_tensor(block.mlp, n) is None for n in ("W_in", "W_out")):
         raise NotSupportedError("not supported yet: mixture-of-experts MLPs")
     # Names last: they catch what no attribute shows, such as Granite's scaled residual writes.
-    architecture = getattr(cfg, "original_architecture", None) or getattr(cfg, "architecture", None)
+    architecture = architecture_of(model)
     if architecture is not None and architecture not in SUPPORTED:
         raise NotSupportedError(f"not supported yet: {architecture}; supported are {', '.join(SUPPORTED)}")
 
@@ -132,6 +186,22 @@ def _tensor(module: Any, name: str) -> Tensor | None:
     """A weight, or None where the wrapper has none (TransformerLens: None, missing, or AttributeError)."""
     value = getattr(module, name, None)
     return value.detach() if isinstance(value, Tensor) else None
+
+
+def _bias(module: Any, name: str) -> Tensor | None:
+    """A bias that does something: HookedTransformer keeps zeros where there is none."""
+    bias = _tensor(module, name)
+    return None if bias is None or not bool((bias != 0).any()) else bias
+
+
+def _post_gain(cfg: Any, block: Any, name: str) -> Tensor | None:
+    """What multiplies a block's normalized write. Gemma stores it less 1, which HookedTransformer adds on loading."""
+    if not hasattr(block, name):
+        return None
+    gain = _tensor(getattr(block, name), "w")
+    if gain is None:
+        raise NotSupportedError(f"not supported yet: {name} without a gain")
+    return 1 + gain if getattr(cfg, "rmsnorm_uses_offset", False) else gain
 
 
 def _norm(cfg: Any, norm: Any) -> Norm:

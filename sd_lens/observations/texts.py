@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from sd_lens.errors import InputError
 
+Text = str | Tensor
 Texts = str | Iterable[str | Tensor] | Tensor
 
 
@@ -102,6 +103,22 @@ def token_rows(model: Any, texts: Texts, *, prepend_bos: bool | None = None) -> 
             raise InputError(
                 f"text {number} is neither a string nor a tensor of token ids [pos] or [n, pos]: {type(text).__name__}"
             )
+
+
+def one_row(model: Any, text: Text, *, prepend_bos: bool | None = None) -> Int[Tensor, " pos"]:
+    """The token ids of a single text.
+
+    Raises:
+        InputError: as `token_rows`; if it is empty, longer than the model's context, or not one text.
+    """
+    if not isinstance(text, str | Tensor):
+        raise InputError(f"expected one text, or a tensor of its token ids, not {type(text).__name__}")
+    rows = list(token_rows(model, text, prepend_bos=prepend_bos))
+    if len(rows) != 1:
+        raise InputError(f"expected one text, not {len(rows)}")
+    if not 0 < len(rows[0]) <= model.cfg.n_ctx:
+        raise InputError(f"the text has {len(rows[0])} tokens: expected 1 to {model.cfg.n_ctx}")
+    return rows[0]
 
 
 def _bos(model: Any) -> int:

@@ -1,0 +1,186 @@
+"""Attribution over many texts: means, spread, and who writes most how often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from sd_lens.errors import InputError
+from sd_lens.explanations.attribution import Faithfulness, component_columns
+from sd_lens.explanations.contributions import Projected, WritesCapture, projected, unit_direction
+from sd_lens.explanations.faithfulness import attributable, compared, effects
+from sd_lens.observations.selection import Where, selected
+from sd_lens.observations.texts import Batch, Texts, batches
+
+
+@dataclass(frozen=True, eq=False)
+class CorpusAttribution:
+    """The residual streams of many tokens after one block, as sums of writes.
+
+    Attributes:
+        n_tokens: how many tokens were attributed.
+        layer: the streams are those after this block, 0-based.
+        norm: their mean norm.
+        total: the mean length along the direction; with each token's own direction, the mean norm.
+        residual_error: the largest `|sum of contributions - total| / norm` of any token.
+        table: component, kind, layer, head, contribution and share (means over the tokens), contribution_std and
+            share_std (spread between tokens), top (for how many tokens it is the largest contribution).
+        faithfulness: how ablations agree, over the first `verify_tokens`; None without any.
+    """
+
+    n_tokens: int
+    layer: int
+    norm: float
+    total: float
+    residual_error: float
+    table: pd.DataFrame = field(repr=False)
+    faithfulness: Faithfulness | None = None
+
+    def __str__(self) -> str:
+        most = self.table.nlargest(2, "top")
+        named = ", ".join(
+            f"{c} for {n:,} of them ({100 * s:.1f} % on average)"
+            for c, n, s in zip(most.component, most.top, most.share, strict=True)
+            if n
+        )
+        return (
+            f"CorpusAttribution of {self.n_tokens:,} tokens after block {self.layer}: mean length {self.total:,.5g} of "
+            f"mean norm {self.norm:,.5g}; largest contribution: {named}; sums exact to {self.residual_error:.0e}; "
+            f"{self.faithfulness or 'not verified by ablation'}"
+        )
+
+    __repr__ = __str__
+
+
+def attribute_corpus(
+    model: Any,
+    texts: Texts,
+    layer: int,
+    where: Where = 0,
+    direction: Float[Tensor, " d_model"] | None = None,
+    *,
+    verify_tokens: int = 0,
+    prepend_bos: bool | None = None,
+    max_length: int | None = None,
+    batch_tokens: int = 1024,
+    progress: bool = True,
+) -> CorpusAttribution:
+    """Who wrote the residual streams of many tokens, in one pass and bounded memory.
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge`, folded or not.
+        texts: a text; or any iterable of texts and token tensors, read once.
+        layer: the streams after this block, 0-based.
+        where: the tokens: a position (the initial ones by default), tokens such as `[" the"]`, a table with text and
+            position such as rows of `found.table`, or None for all.
+        direction: one for all tokens, normalized before use; each token's own by default.
+        verify_tokens: ablate every head and MLP at the first so many of the tokens, and compare; see `verify`.
+        prepend_bos: put a beginning-of-sequence token in front of texts; None for the model's habit.
+        max_length: cut texts to so many tokens.
+        batch_tokens: tokens run at a time: what bounds memory.
+        progress: show progress bars.
+
+    Raises:
+        InputError: for texts that cannot be used, or without any of the tokens; for a block or direction that the
+            model does not have.
+        NotSupportedError: if the writes do not sum to the streams.
+        NumericalError: if a stream is not finite.
+    """
+    capture = WritesCapture(model, layer)
+    unit = unit_direction(direction, model.cfg.d_model)
+    moments = _Moments()
+    to_verify: list[tuple[Tensor, Projected, int]] = []
+    components = None
+    for batch in batches(
+        model, texts, prepend_bos=prepend_bos, max_length=max_length, batch_tokens=batch_tokens,
+        progress=progress, description="attribution",
+    ):  # fmt: skip
+        rows, positions = selected(model, batch, where).nonzero().unbind(dim=1)
+        if len(rows):
+            writes = capture.run(batch.tokens, (rows, positions))
+            found = projected(writes, unit)
+            moments.add(found)
+            components = writes.components()
+            to_verify += _first(batch, rows, positions, found, verify_tokens - len(to_verify))
+    if components is None:
+        raise InputError("the texts have none of the tokens that were asked for")
+    contribution, share = moments.means()
+    contribution_std, share_std = moments.spreads()
+    table = component_columns(components).assign(
+        contribution=contribution.numpy(), share=share.numpy(),
+        contribution_std=contribution_std.numpy(), share_std=share_std.numpy(), top=moments.top.numpy(),
+    )  # fmt: skip
+    return CorpusAttribution(
+        n_tokens=moments.n,
+        layer=layer,
+        norm=moments.norm / moments.n,
+        total=moments.total / moments.n,
+        residual_error=moments.error,
+        table=table,
+        faithfulness=_verified(model, layer, to_verify, table.component.tolist(), progress) if to_verify else None,
+    )
+
+
+def _first(
+    batch: Batch, rows: Int64[Tensor, " n"], positions: Int64[Tensor, " n"], found: Projected, n: int
+) -> list[tuple[Tensor, Projected, int]]:
+    """The first n tokens of a batch, each as its text up to it and its place in `found`."""
+    pairs = list(zip(rows.tolist(), positions.tolist(), strict=True))[: max(n, 0)]
+    return [(batch.tokens[row, : position + 1], found, i) for i, (row, position) in enumerate(pairs)]
+
+
+def _verified(
+    model: Any, layer: int, tokens: list[tuple[Tensor, Projected, int]], labels: list[str], progress: bool
+) -> Faithfulness:
+    components = attributable(model, layer)
+    names = [str(c) for c in components]
+    columns = [labels.index(name) for name in names]
+    lost = [effects(model, row, layer, p.directions[i], components, progress=progress) for row, p, i in tokens]
+    written = [p.contributions[i, columns] for _, p, i in tokens]
+    total = sum(float(p.total[i]) for _, p, i in tokens) / len(tokens)
+    return compared(names, torch.stack(written).mean(dim=0), torch.stack(lost).mean(dim=0), total, "zero")
+
+
+class _Moments:
+    """Running means and squared deviations of contributions and shares (Chan, Golub and LeVeque 1983)."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.norm = self.total = self.error = 0.0
+        self.top = torch.zeros(0, dtype=torch.long)
+        self._mean = self._squares = torch.zeros(2, 0, dtype=torch.float64)
+
+    def add(self, found: Projected) -> None:
+        """Add n tokens."""
+        both = torch.stack([found.contributions, found.contributions / found.total[:, None]])
+        n, n_components = both.shape[1:]
+        if self.n == 0:
+            self._mean = self._squares = torch.zeros(2, n_components, dtype=torch.float64)
+            self.top = torch.zeros(n_components, dtype=torch.long)
+        mean = both.mean(dim=1)
+        away = mean - self._mean
+        self._squares = (
+            self._squares
+            + (both - mean[:, None]).square().sum(dim=1)
+            + away.square() * (self.n * n / (self.n + n))
+        )  # fmt: skip
+        self._mean = self._mean + away * (n / (self.n + n))
+        self.n += n
+        self.norm += float(found.norm.sum())
+        self.total += float(found.total.sum())
+        self.error = max(self.error, float(found.error.max()))
+        self.top += torch.bincount(found.contributions.argmax(dim=1), minlength=n_components)
+
+    def means(self) -> tuple[Float64[Tensor, " component"], Float64[Tensor, " component"]]:
+        """Of contributions and of shares."""
+        return self._mean[0], self._mean[1]
+
+    def spreads(self) -> tuple[Float64[Tensor, " component"], Float64[Tensor, " component"]]:
+        """Standard deviations of both; 0 for one token."""
+        both = (self._squares / max(self.n - 1, 1)).sqrt()
+        return both[0], both[1]

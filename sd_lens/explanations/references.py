@@ -1,0 +1,120 @@
+"""What components do on reference texts: the means and samples that take their place under ablation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from sd_lens.errors import InputError
+from sd_lens.explanations.components import Component
+from sd_lens.models.hooks import run_with_hooks
+from sd_lens.observations.selection import Where, selected
+from sd_lens.observations.texts import Texts, batches
+
+N_SAMPLES = 256
+"""How many tokens of the reference are kept to draw from."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Activations of reference tokens at some hook points.
+
+    Attributes:
+        means: hook point to the mean over all of them.
+        samples: hook point to those of up to `N_SAMPLES` tokens drawn from them, the same tokens everywhere.
+    """
+
+    means: dict[str, Float64[Tensor, ...]]
+    samples: dict[str, Float[Tensor, "n ..."]]
+
+
+def slots_of(component: Component) -> list[tuple[str, int | None]]:
+    """Where a component's activation is: hook point, and index on its third axis (None: all of it).
+
+    Raises:
+        InputError: for biases, which no hook point shows.
+    """
+    block = f"blocks.{component.layer}"
+    if component.kind in ("attention bias", "mlp bias"):
+        raise InputError(f"{component} is a constant that no hook point shows: ablate the attention or MLP instead")
+    slots: dict[str, list[tuple[str, int | None]]] = {
+        "embedding": [("hook_embed", None)],
+        "positional embedding": [("hook_pos_embed", None)],
+        "head": [(f"{block}.attn.hook_z", component.index)],
+        "attention": [(f"{block}.hook_attn_out", None)],
+        "mlp": [(f"{block}.hook_mlp_out", None)],
+        "neuron": [(f"{block}.mlp.hook_post", component.index)],
+        "block": [(f"{block}.hook_attn_out", None), (f"{block}.hook_mlp_out", None)],
+    }
+    return slots[component.kind]
+
+
+def collect_reference(
+    model: Any,
+    texts: Texts,
+    components: Iterable[Component],
+    *,
+    where: Where = None,
+    prepend_bos: bool | None = None,
+    max_length: int | None = None,
+    batch_tokens: int = 1024,
+    seed: int = 0,
+    progress: bool = True,
+) -> Reference:
+    """Run the texts once and keep what `ablated` needs of these components, at the tokens that `where` means.
+
+    Raises:
+        InputError: for texts that cannot be used, or if `where` means none of their tokens.
+    """
+    collector = _Collector(seed)
+    points = list(dict.fromkeys(point for component in components for point, _ in slots_of(component)))
+    for batch in batches(
+        model, texts, prepend_bos=prepend_bos, max_length=max_length, batch_tokens=batch_tokens,
+        progress=progress, description="reference",
+    ):  # fmt: skip
+        mask = selected(model, batch, where)
+        if bool(mask.any()):
+            collector.draw(int(mask.sum()))
+            run_with_hooks(model, batch.tokens, {point: partial(collector.add, point, mask) for point in points})
+    return collector.result()
+
+
+class _Collector:
+    """Sums, and a uniform sample: the tokens with the largest of random keys."""
+
+    def __init__(self, seed: int):
+        self._generator = torch.Generator().manual_seed(seed)
+        self._keys = torch.empty(0)
+        self._kept = self._new = torch.empty(0, dtype=torch.long)
+        self._n = 0
+        self._sums: dict[str, Tensor] = {}
+        self._samples: dict[str, Tensor] = {}
+
+    def draw(self, n: int) -> None:
+        """Decide which of the kept and of n new tokens to keep."""
+        keys = torch.cat([self._keys, torch.rand(n, generator=self._generator)])
+        chosen: Int64[Tensor, " k"] = keys.topk(min(N_SAMPLES, len(keys))).indices
+        self._kept = chosen[chosen < len(self._keys)]
+        self._new = chosen[chosen >= len(self._keys)] - len(self._keys)
+        self._keys = keys[torch.cat([self._kept, self._new + len(self._keys)])]
+        self._n += n
+
+    def add(self, point: str, mask: Tensor, activation: Tensor) -> None:
+        """Count the chosen tokens' activations at a point."""
+        rows = activation.detach()[mask.to(activation.device)]
+        total = rows.double().sum(dim=0)
+        self._sums[point] = self._sums[point] + total if point in self._sums else total
+        new = rows[self._new.to(rows.device)]
+        old = self._samples.get(point, new[:0])
+        self._samples[point] = torch.cat([old[self._kept.to(rows.device)], new])
+
+    def result(self) -> Reference:
+        if self._n == 0:
+            raise InputError("the reference has none of the tokens that were asked for")
+        return Reference({point: total / self._n for point, total in self._sums.items()}, self._samples)
