@@ -48,7 +48,8 @@ class Metric:
     def _watched(self, model: Any, tokens: Tensor, callbacks: dict[str, Any], *, gradients: bool) -> Tensor:
         """The logits, or the stream that the metric is a function of."""
         if self._point is None:
-            return logits_with_hooks(model, tokens, callbacks, gradients=gradients)
+            logits: Tensor = logits_with_hooks(model, tokens, callbacks, gradients=gradients)
+            return logits
         seen: list[Tensor] = []
         run_with_hooks(model, tokens, callbacks | {self._point: seen.append}, gradients=gradients)
         (stream,) = seen
