@@ -15,7 +15,7 @@ from sd_lens.explanations.attribution import Faithfulness, component_columns
 from sd_lens.explanations.contributions import Projected, WritesCapture, projected, unit_direction
 from sd_lens.explanations.faithfulness import attributable, compared, effects
 from sd_lens.observations.selection import Where, selected
-from sd_lens.observations.texts import Batch, Texts, batches
+from sd_lens.observations.texts import Texts, batches
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,13 +100,16 @@ def attribute_corpus(
         model, texts, prepend_bos=prepend_bos, max_length=max_length, batch_tokens=batch_tokens,
         progress=progress, description="attribution",
     ):  # fmt: skip
-        rows, positions = selected(model, batch, where).nonzero().unbind(dim=1)
-        if len(rows):
-            writes = capture.run(batch.tokens, (rows, positions))
+        mask = selected(model, batch, where)
+        if bool(mask.any()):
+            # Causal: neither other texts nor later tokens matter.
+            has_any, last = mask.any(dim=1), int(mask.any(dim=0).nonzero().max())
+            tokens, (rows, positions) = batch.tokens[has_any, : last + 1], mask[has_any].nonzero().unbind(dim=1)
+            writes = capture.run(tokens, (rows, positions))
             found = projected(writes, unit)
             moments.add(found)
             components = writes.components()
-            to_verify += _first(batch, rows, positions, found, verify_tokens - len(to_verify))
+            to_verify += _first(tokens, rows, positions, found, verify_tokens - len(to_verify))
     if components is None:
         raise InputError("the texts have none of the tokens that were asked for")
     contribution, share = moments.means()
@@ -127,11 +130,15 @@ def attribute_corpus(
 
 
 def _first(
-    batch: Batch, rows: Int64[Tensor, " n"], positions: Int64[Tensor, " n"], found: Projected, n: int
+    tokens: Int64[Tensor, "batch pos"],
+    rows: Int64[Tensor, " n"],
+    positions: Int64[Tensor, " n"],
+    found: Projected,
+    n: int,
 ) -> list[tuple[Tensor, Projected, int]]:
     """The first n tokens of a batch, each as its text up to it and its place in `found`."""
     pairs = list(zip(rows.tolist(), positions.tolist(), strict=True))[: max(n, 0)]
-    return [(batch.tokens[row, : position + 1], found, i) for i, (row, position) in enumerate(pairs)]
+    return [(tokens[row, : position + 1], found, i) for i, (row, position) in enumerate(pairs)]
 
 
 def _verified(

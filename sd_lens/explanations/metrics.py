@@ -52,7 +52,7 @@ class Metric:
             return logits
         seen: list[Tensor] = []
         run_with_hooks(model, tokens, callbacks | {self._point: seen.append}, gradients=gradients)
-        (stream,) = seen
+        stream: Tensor = seen.pop()
         return stream
 
 
@@ -60,14 +60,15 @@ def stream_metric(layer: int, position: int, unit: Float64[Tensor, " d_model"] |
     """The norm of the stream after a block at a position, or its length along a unit direction."""
 
     def norm(stream: Tensor) -> Tensor:
-        return stream[0, position].double().norm()
+        length: Tensor = stream[0, position].double().norm()
+        return length
 
-    def length(stream: Tensor) -> Tensor:
+    def projection(stream: Tensor) -> Tensor:
         assert unit is not None
         return stream[0, position].double() @ unit.to(stream.device)
 
     name = f"{'norm' if unit is None else 'length along the direction'} at position {position} after block {layer}"
-    return Metric(name, layer, norm if unit is None else length, f"blocks.{layer}.hook_resid_post")
+    return Metric(name, layer, norm if unit is None else projection, f"blocks.{layer}.hook_resid_post")
 
 
 def logit_metric(model: Any, function: LogitMetric) -> Metric:

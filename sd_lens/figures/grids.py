@@ -74,7 +74,7 @@ def component_heatmap(
     limit = float(np.nanmax(np.abs(cells))) or unit
     ticks = signed_log_ticks(limit, unit, shown)
     edges = [i - 0.5 for i in range(n_heads + 1)] + [n_heads - 0.5 + _GAP, n_heads + 0.5 + _GAP]
-    draw_cells(figure, signed_log(cells, unit), texts, edges, float(signed_log(np.array(limit), unit)), ticks)
+    draw_cells(figure, signed_log(cells, unit), texts, edges, signed_log(np.array([limit]), unit).item(), ticks)
     figure.update_layout(coloraxis_colorbar_title_text=colour_title)
     figure.add_vrect(x0=edges[-3], x1=edges[-2], fillcolor="white", line_width=0, layer="above")
     labelled = range(0, n_heads, math.ceil(n_heads / _MOST_HEAD_LABELS) or 1)

@@ -68,7 +68,7 @@ def ablation_heatmap(sweep: AblationSweep, measure: Literal["norm", "loss", "sin
         )
     ]
     what, colour, shown = _MEASURES[measure]
-    title = f"Without each component ({sweep.mode} ablation): {what.format(layer=sweep.layer)}"
+    title = f"{sweep.mode.capitalize()} ablation of each component: {what.format(layer=sweep.layer)}"
     return component_heatmap(
         title, changes, f"{measure}_change", hover, colour_title=colour, unit=_UNIT, shown=shown
     )  # fmt: skip
@@ -115,7 +115,7 @@ def patching_heatmap(
     figure = base_figure(title, height=max(360, 210 + 16 * n_rows))
     edges = [i - 0.5 for i in range(n_columns + 1)]
     draw_cells(figure, cells, by_place["hover"].to_numpy(), edges, 1.0, _RESTORED_TICKS)
-    figure.update_layout(coloraxis_colorbar_title_text="0: as corrupted<br>1: as clean<br> ")
+    figure.update_layout(coloraxis_colorbar_title_text="0: as corrupted<br>1: as clean")
     if site == "z":
         figure.update_xaxes(title_text="head (0-based)", tick0=0, dtick=1 if n_columns <= 32 else 4)
     else:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxtyping import Int
+from torch import Tensor
+
 from sd_lens import figures
 from sd_lens.explanations.defects import SingularDefects, singular_defects
+from sd_lens.explanations.origins import NormOrigin, norm_origins
 from sd_lens.observations.high_norm import HighNormTokens, find_high_norm_tokens
-from sd_lens.observations.texts import Texts, default_texts
+from sd_lens.observations.texts import Texts, default_texts, resolved_prepend_bos, token_rows
 from sd_lens.report.findings import findings
+from sd_lens.report.origins import origin_figures, origin_sentences
 from sd_lens.report.page import Page
 from sd_lens.storage import written_whole
+
+_TEXTS_TO_EXPLAIN = 16
+"""Attribution and ablation look at so many of the first texts."""
 
 
 def write_report(
@@ -47,11 +55,14 @@ def write_report(
     """
     with written_whole(path) as temporary:
         defects = singular_defects(model, progress=progress)
+        rows = token_rows(model, default_texts() if texts is None else texts, prepend_bos=prepend_bos)
+        first: list[Tensor] = []
         found = find_high_norm_tokens(
-            model, default_texts() if texts is None else texts, threshold,
-            prepend_bos=prepend_bos, max_length=max_length, progress=progress,
+            model, _remembered(rows, first, max_length or model.cfg.n_ctx), threshold,
+            prepend_bos=resolved_prepend_bos(model, prepend_bos), max_length=max_length, progress=progress,
         )  # fmt: skip
-        sentences = findings(found, defects)
+        origins = norm_origins(model, found, first, progress=progress)
+        sentences = [*findings(found, defects), *origin_sentences(origins)]
         settings = _settings(model, found, defects, threshold)
         settings["texts"] = texts_name or ("the package's default passages" if texts is None else "given")
         page = Page(
@@ -59,7 +70,7 @@ def write_report(
             subtitle=f"{model.cfg.n_layers} blocks, numbered from 0; width {model.cfg.d_model}. "
             "Norms are Euclidean norms of the residual stream after a block.",
             findings=sentences,
-            figures=_figures(found, defects),
+            figures=_figures(found, defects, origins),
             tokens=found.table,
             settings=settings,
         )
@@ -67,7 +78,19 @@ def write_report(
     return sentences
 
 
-def _figures(found: HighNormTokens, defects: SingularDefects) -> Sequence[tuple[str, Any]]:
+def _remembered(
+    rows: Iterator[Int[Tensor, " pos"]], first: list[Tensor], longest: int
+) -> Iterator[Int[Tensor, " pos"]]:
+    """The same rows; the first of them stay in `first`, for a corpus can be read only once."""
+    for row in rows:
+        if len(first) < _TEXTS_TO_EXPLAIN:
+            first.append(row[:longest])
+        yield row
+
+
+def _figures(
+    found: HighNormTokens, defects: SingularDefects, origins: Sequence[NormOrigin]
+) -> Sequence[tuple[str, Any]]:
     shown = [
         ("Largest and median norms per block. Dashes: the threshold above which a norm counts as high.",
          figures.layer_norms(found)),
@@ -82,6 +105,7 @@ def _figures(found: HighNormTokens, defects: SingularDefects) -> Sequence[tuple[
             decay_layers=found.decay_layers,
         )
         shown.insert(1, ("Small angles: the weights alone predict the direction of the high-norm tokens.", angles))
+    shown += origin_figures(origins)
     for text in found.scan.samples[:1]:
         shown += [
             ("The first text: every token, every block. Turn it with the mouse.", figures.norm_surface(text)),
