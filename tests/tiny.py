@@ -8,10 +8,22 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -106,3 +118,56 @@ def wrap(hf_model, backend, *, with_tokenizer=False):
 def unchecked(function):
     """A public function without the suite's type checks, to see what it says of wrong arguments itself."""
     return inspect.unwrap(function)
+
+
+def opt(seed=0):
+    config = OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=1,
+    )  # fmt: skip
+    return randomised(OPTForCausalLM(config), seed)
+
+
+def gptj(seed=0):
+    """Attention and MLP in parallel, behind one norm."""
+    config = GPTJConfig(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    return randomised(GPTJForCausalLM(config), seed)
+
+
+def gpt_neo(seed=0):
+    config = GPTNeoConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global"], 2]],
+        max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return randomised(GPTNeoForCausalLM(config), seed)
+
+
+def gpt_neox(seed=0):
+    """Attention and MLP in parallel, each behind a norm of its own; one matrix for queries, keys and values."""
+    config = GPTNeoXConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return randomised(GPTNeoXForCausalLM(config), seed)
+
+
+def phi3(seed=0):
+    """Llama with one matrix for queries, keys and values."""
+    config = Phi3Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    return randomised(Phi3ForCausalLM(config), seed)
+
+
+def mixtral(seed=0):
+    """A mixture of experts."""
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, num_local_experts=4, num_experts_per_tok=2,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return randomised(MixtralForCausalLM(config), seed)

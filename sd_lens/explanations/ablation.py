@@ -13,7 +13,7 @@ from torch import Tensor
 from sd_lens.explanations.components import Component, Components, parsed
 from sd_lens.explanations.interventions import Ablator, Mode, check_mode
 from sd_lens.explanations.references import collect_reference
-from sd_lens.models.hooks import hooked
+from sd_lens.models.hooks import check_fired, hooked
 from sd_lens.observations.behaviour import Behaviour, BehaviourSums
 from sd_lens.observations.selection import Where, selected
 from sd_lens.observations.texts import Texts, batches, resolved_prepend_bos, token_rows
@@ -170,6 +170,7 @@ class Experiment:
         ):  # fmt: skip
             at: Tensor | None = None if where is None else selected(self.model, batch, where)
             edits = {} if ablator is None else ablator.callbacks((component, at) for component in components)
-            with torch.no_grad(), hooked(self.model, edits):
+            with torch.no_grad(), hooked(self.model, edits) as fired:
                 sums.run(batch)
+            check_fired(edits, fired)
         return sums.result()

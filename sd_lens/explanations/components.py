@@ -91,6 +91,8 @@ def heads_and_mlps(model: Any) -> list[Component]:
 def _check_exists(model: Any, component: Component) -> None:
     cfg = model.cfg
     if component.layer is None:
+        if component.kind == "positional embedding" and cfg.positional_embedding_type != "standard":
+            raise InputError("pos_embed does not exist: the model adds no positional embedding to the stream")
         return
     if component.layer >= cfg.n_layers:
         raise InputError(f"{component} does not exist: the model has blocks 0 to {cfg.n_layers - 1}")

@@ -17,7 +17,7 @@ from sd_lens.explanations.attribution import Attribution, Faithfulness
 from sd_lens.explanations.components import Component, heads_and_mlps
 from sd_lens.explanations.interventions import Ablator
 from sd_lens.explanations.references import collect_reference
-from sd_lens.models.hooks import hooked, run_with_hooks
+from sd_lens.models.hooks import check_fired, hooked, run_with_hooks
 from sd_lens.observations.texts import Texts
 
 AGREEMENT = 0.5
@@ -91,8 +91,10 @@ def effects(
     with tqdm(total=len(components), desc="verify", unit="component", disable=not progress, leave=False) as bar:
         for start in range(0, len(components), n_rows):
             part = components[start : start + n_rows]
-            with torch.no_grad(), hooked(model, ablator.callbacks(_one_per_row(part, len(row)))):
+            edits = ablator.callbacks(_one_per_row(part, len(row)))
+            with torch.no_grad(), hooked(model, edits) as fired:
                 found.append(whole - _length(model, tokens.expand(len(part), -1), layer, direction))
+            check_fired(edits, fired)
             bar.update(len(part))
     return torch.cat(found)
 

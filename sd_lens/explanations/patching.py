@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from sd_lens.errors import InputError, NumericalError
 from sd_lens.explanations.contributions import unit_direction
 from sd_lens.explanations.metrics import LogitMetric, Metric, logit_metric, stream_metric
-from sd_lens.models.hooks import hooked, residual_stream_points, run_with_hooks
+from sd_lens.models.hooks import check_fired, hooked, residual_stream_points, run_with_hooks
 from sd_lens.observations.texts import Text, one_row, token_strings
 
 Site = Literal["resid_pre", "attn_out", "mlp_out", "z"]
@@ -211,8 +211,9 @@ def _activation_patch(
             callbacks = {
                 str(point): partial(_put, clean[str(point)], rows) for point, rows in part.groupby("point", sort=False)
             }
-            with torch.no_grad(), hooked(model, callbacks):
+            with torch.no_grad(), hooked(model, callbacks) as fired:
                 found.append(metric.of_rows(model, corrupted.expand(len(part), -1)))
+            check_fired(callbacks, fired)
             bar.update(len(part))
     values = torch.cat(found).double().cpu()
     if not torch.isfinite(values).all():

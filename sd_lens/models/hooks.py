@@ -14,6 +14,8 @@ from sd_lens.errors import HookError, InputError
 
 Callback = Callable[[Tensor], Tensor | None]
 
+_UNHEARD_PATTERNS = ("OPTForCausalLM", "GPTJForCausalLM", "GPTNeoForCausalLM", "XGLMForCausalLM")
+_SHARED_NORM = "HookedTransformer would edit attention's input only, the bridge the MLP's too; edit hook_resid_pre"
 # Where one of TransformerLens's wrappers fires a hook and then ignores, or half ignores, what it returns:
 # end of the point's name, architectures (None: all), and what to do instead.
 _READ_ONLY: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
@@ -22,10 +24,10 @@ _READ_ONLY: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
         None,
         "the bridge would edit the MLP's input only; edit hook_attn_out, which adds to the same stream",
     ),
-    ("attn.hook_pattern", ("OPTForCausalLM", "GPTJForCausalLM"), "the bridge would ignore it; edit attn.hook_z"),
-    ("attn.hook_attn_scores", ("OPTForCausalLM", "GPTJForCausalLM"), "the bridge would ignore it; edit attn.hook_z"),
-    ("ln1.hook_normalized", ("GPTJForCausalLM",), "the bridge would ignore it; edit hook_resid_pre"),
-    ("ln1.hook_scale", ("GPTJForCausalLM",), "the bridge would ignore it; edit hook_resid_pre"),
+    ("attn.hook_pattern", _UNHEARD_PATTERNS, "the bridge would ignore it; edit attn.hook_z"),
+    ("attn.hook_attn_scores", _UNHEARD_PATTERNS, "the bridge would ignore it; edit attn.hook_z"),
+    ("ln1.hook_normalized", ("GPTJForCausalLM",), _SHARED_NORM),
+    ("ln1.hook_scale", ("GPTJForCausalLM",), _SHARED_NORM),
 )
 
 
@@ -48,7 +50,7 @@ def run_with_hooks(
         tokens: token ids; rows padded on the right are fine, since a causal model's real tokens never see it.
         callbacks: hook-point name to function of the activation. What it returns, if not None, replaces the
             activation; dtype and shape must stay. A point that fires repeatedly (`ln1` in HookedTransformer)
-            calls back only once.
+            calls back only once, unless the callback edits.
         gradients: record operations for automatic differentiation. A captured activation can be dead to it
             in the bridge: return a clone, and differentiate with respect to that.
 
@@ -58,13 +60,17 @@ def run_with_hooks(
     """
     _check_tokens(model, tokens)
     fired: set[str] = set()
+    editing: set[str] = set()
 
     def once(name: str) -> Callback:
         def callback(activation: Tensor) -> Tensor | None:
-            if name in fired:
+            if name in fired and name not in editing:
                 return None
             result = callbacks[name](activation)
             fired.add(name)
+            if result is not None:
+                editing.add(name)
+                _check_edit(model, name, activation, result)
             if len(fired) == len(callbacks):
                 raise _AllFired
             return result
@@ -76,7 +82,7 @@ def run_with_hooks(
             model(tokens.to(model.cfg.device), return_type=None)
         except _AllFired:
             return
-    _check_fired(callbacks, fired)
+    check_fired(callbacks, fired)
 
 
 def logits_with_hooks(
@@ -91,7 +97,7 @@ def logits_with_hooks(
     _check_tokens(model, tokens)
     with torch.set_grad_enabled(gradients), hooked(model, callbacks) as fired:
         logits: Tensor = model(tokens.to(model.cfg.device), return_type="logits")
-    _check_fired(callbacks, fired)
+    check_fired(callbacks, fired)
     return logits
 
 
@@ -143,7 +149,12 @@ def architecture_of(model: Any) -> str | None:
     return getattr(model.cfg, "original_architecture", None) or getattr(model.cfg, "architecture", None)
 
 
-def _check_fired(callbacks: Mapping[str, Callback], fired: set[str]) -> None:
+def check_fired(callbacks: Mapping[str, Callback], fired: set[str]) -> None:
+    """Whether every point has fired that should have.
+
+    Raises:
+        HookError: if one exists in the model but did not.
+    """
     missing = [name for name in callbacks if name not in fired]
     if missing:
         raise HookError(f"hook point {missing[0]!r} exists in the model but did not fire")

@@ -1,6 +1,9 @@
+import inspect
+
 import pytest
 import torch
 
+import sd_lens
 from sd_lens import find_high_norm_tokens, scan_norms, singular_defects
 from sd_lens.errors import HookError, InputError
 from sd_lens.models.hooks import residual_stream_points, run_with_hooks
@@ -95,20 +98,47 @@ def test_the_model_is_restored_after_an_exception(tiny_model, error):
     assert_unchanged(before, state(tiny_model))
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda model: scan_norms(model, [TOKENS], progress=False),
-        lambda model: find_high_norm_tokens(model, [TOKENS], progress=False),
-        lambda model: singular_defects(model, progress=False),
-    ],
-    ids=["scan_norms", "find_high_norm_tokens", "singular_defects"],
-)
+def use_ablated(model):
+    with sd_lens.ablated(model, ["L1H0", "L1N3", "L0"], "resample", reference=[TOKENS], progress=False):
+        model(TOKENS)
+
+
+USES = {
+    "scan_norms": lambda model: scan_norms(model, [TOKENS], progress=False),
+    "find_high_norm_tokens": lambda model: find_high_norm_tokens(model, [TOKENS], progress=False),
+    "singular_defects": lambda model: singular_defects(model, progress=False),
+    "observe_behaviour": lambda model: sd_lens.observe_behaviour(model, [TOKENS], progress=False),
+    "attribute": lambda model: sd_lens.attribute(model, TOKENS[0], 2),
+    "attribute_corpus": lambda model: sd_lens.attribute_corpus(model, TOKENS, 2, verify_tokens=1, progress=False),
+    "attribute_neurons": lambda model: sd_lens.attribute_neurons(model, sd_lens.attribute(model, TOKENS[0], 2, 1), 1),
+    "attribute_sources": lambda model: sd_lens.attribute_sources(
+        model, sd_lens.attribute(model, TOKENS[0], 2, 1), 1, 0
+    ),
+    "verify": lambda model: sd_lens.verify(
+        model, sd_lens.attribute(model, TOKENS[0], 2), reference=TOKENS, progress=False
+    ),
+    "ablated": use_ablated,
+    "ablate": lambda model: sd_lens.ablate(
+        model, TOKENS, ["L0H1", "L1N2", "L2"], "direction", direction=torch.ones(model.cfg.d_model), progress=False
+    ),
+    "sweep_ablations": lambda model: sd_lens.sweep_ablations(model, TOKENS, "mean", progress=False),
+    "patch": lambda model: sd_lens.patch(model, TOKENS[0], TOKENS[1], lambda x: x[0, -1, 3], ["z"], progress=False),
+}
+WITHOUT_A_MODEL = {"default_texts", "read_texts"}
+
+
+@pytest.mark.parametrize("name", USES)
 @pytest.mark.filterwarnings("ignore::sd_lens.errors.SmallGapWarning")
-def test_public_functions_leave_no_trace(tiny_model, use):
+def test_public_functions_leave_no_trace(tiny_model, name):
     before = state(tiny_model)
-    use(tiny_model)
+    USES[name](tiny_model)
     assert_unchanged(before, state(tiny_model))
+    assert all(p.grad is None for p in tiny_model.parameters())
+
+
+def test_no_public_function_is_left_out():
+    functions = {name for name in sd_lens.__all__ if inspect.isfunction(getattr(sd_lens, name))}
+    assert functions - WITHOUT_A_MODEL - {"load_model", "write_report"} == set(USES)
 
 
 def test_a_users_own_hook_stays(tiny_model):

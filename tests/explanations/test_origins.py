@@ -1,0 +1,78 @@
+import pytest
+
+from sd_lens import attribute_corpus, find_high_norm_tokens
+from sd_lens.explanations.origins import norm_origins
+from sd_lens.figures.style import shown_number
+from sd_lens.report.origins import origin_figures, origin_sentences
+from tests import planted, tiny
+
+
+@pytest.fixture
+def planted_origins(planted_defect, backend):
+    model = tiny.wrap(planted_defect.hf_model, backend)
+    texts = planted_defect.texts
+    found = find_high_norm_tokens(model, texts, progress=False)
+    return model, found, norm_origins(model, found, list(texts[:26]), progress=False)
+
+
+def test_the_planted_mlps_and_neurons_make_and_undo_the_norm(planted_origins):
+    """The token stands in front of texts 0, 12 and 24, and elsewhere in the others."""
+    _, _, origins = planted_origins
+    assert [(o.kind, o.event, o.layer) for o in origins] == [
+        ("initial", "explosion", planted.EXPLOSION), ("initial", "decay", planted.DECAY),
+        ("non-initial", "explosion", planted.EXPLOSION), ("non-initial", "decay", planted.DECAY),
+    ]  # fmt: skip
+    for origin in origins:
+        assert origin.component == f"L{origin.layer}MLP"
+        assert origin.attribution.n_tokens == (3 if origin.kind == "initial" else 23)
+        explodes = origin.event == "explosion"
+        assert origin.neurons.neuron[0] == (3 if explodes else 5)
+        assert origin.neurons.share[0] == pytest.approx(origin.share, rel=0.02)
+        assert origin.share > 0.9 if explodes else origin.share == pytest.approx(-0.9, abs=0.05)
+        assert (origin.ablation is not None) == explodes
+    assert origins[0].ablation.components == (f"L{planted.EXPLOSION}N3",)
+    norm = origins[0].ablation.after.watched_norm[planted.EXPLOSION]
+    assert norm < 0.1 * origins[0].ablation.before.watched_norm[planted.EXPLOSION]
+
+
+def test_the_share_of_a_decay_is_that_of_the_length_in_front_of_the_block(planted_origins):
+    model, found, origins = planted_origins
+    decay = origins[1]
+    direction = found.layer_directions[planted.DECAY - 1]
+    rows = [t for t in planted_texts(found) if t in (0, 12, 24)]
+    before = attribute_corpus(
+        model, [planted.llama().texts[t] for t in rows], planted.DECAY - 1, 0, direction, progress=False
+    )
+    taken = decay.attribution.table.set_index("component").contribution[decay.component]
+    assert decay.share == pytest.approx(taken / before.total, rel=1e-3)
+
+
+def planted_texts(found):
+    return found.table.text.unique().tolist()
+
+
+def test_the_sentences_carry_the_numbers(planted_origins):
+    _, _, origins = planted_origins
+    sentences = origin_sentences(origins)
+    text = " ".join(sentences)
+    first, ablation = origins[0], origins[0].ablation
+    assert f"is written by L2MLP ({100 * first.share:.1f} %), in it by neuron 3 (" in text
+    assert f"L4MLP, which takes away {-100 * origins[1].share:.1f} % of their length in front of the block" in text
+    perplexities = shown_number(ablation.before.perplexity), shown_number(ablation.after.perplexity)
+    assert "the perplexity from {} to {}".format(*perplexities) in text
+    assert "rank correlation of" in text
+    assert sum("Zeroing that block's neuron 3 alone" in s for s in sentences) == 2
+
+
+def test_the_figures_are_of_the_largest_explosion(planted_origins):
+    _, _, origins = planted_origins
+    shown = origin_figures(origins)
+    assert len(shown) == 3
+    assert "after block 2: means over" in shown[0][0]
+    assert origin_figures([o for o in origins if o.event == "decay"]) == []
+
+
+def test_without_high_norm_tokens_there_is_nothing_to_explain(tiny_llama):
+    texts = planted.llama().texts[:4, :8]
+    found = find_high_norm_tokens(tiny_llama, texts, progress=False)
+    assert norm_origins(tiny_llama, found, list(texts), progress=False) == []
