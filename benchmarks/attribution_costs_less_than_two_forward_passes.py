@@ -3,6 +3,7 @@
 import multiprocessing
 import resource
 import time
+from functools import partial
 
 import torch
 
@@ -18,32 +19,29 @@ def forward(model, texts):
         run_with_hooks(model, batch.tokens, {f"blocks.{LAYER}.hook_resid_post": lambda x: None})
 
 
+def stacked(model, texts):
+    """What attribution avoids: all head outputs at once, as `ActivationCache.stack_head_results` forms them."""
+    W_O = [block.attn.W_O.detach() for block in model.blocks]
+    for batch in batches(model, texts, batch_tokens=1024, progress=False):
+        results = {}
+
+        def keep(layer, z, results=results):
+            results[layer] = torch.einsum("bphe,hed->bphd", z, W_O[layer])
+
+        points = {f"blocks.{layer}.attn.hook_z": partial(keep, layer) for layer in range(LAYER + 1)}
+        run_with_hooks(model, batch.tokens, points)
+
+
 CASES = {
     "forward pass to block 29": forward,
     "attribution of every token": lambda model, texts: attribute_corpus(model, texts, LAYER, None, progress=False),
     "attribution of the initial tokens": lambda model, texts: attribute_corpus(model, texts, LAYER, progress=False),
-    "every head's output [batch, pos, head, d_model]": lambda model, texts: stacked(model, texts),
+    "every head's output [batch, pos, head, d_model]": stacked,
 }
 ONE_TEXT = {
     "one text, forward pass to block 29": lambda model, texts: forward(model, texts[:1]),
     "one text, its last token attributed": lambda model, texts: attribute(model, texts[0], -1, LAYER),
 }
-
-
-def stacked(model, texts):
-    """What attribution avoids: all head outputs at once, as `ActivationCache.stack_head_results` forms them."""
-    for batch in batches(model, texts, batch_tokens=1024, progress=False):
-        results = []
-        run_with_hooks(
-            model,
-            batch.tokens,
-            {
-                f"blocks.{layer}.attn.hook_z": lambda z, W=model.blocks[layer].attn.W_O.detach(): results.append(
-                    torch.einsum("bphe,hed->bphd", z, W)
-                )
-                for layer in range(LAYER + 1)
-            },
-        )
 
 
 def measure(name, queue):
