@@ -4,6 +4,7 @@ import importlib
 import inspect
 
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -120,10 +121,10 @@ def unchecked(function):
     return inspect.unwrap(function)
 
 
-def opt(seed=0):
+def opt(seed=0, **options):
     config = OPTConfig(
         vocab_size=VOCABULARY, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=1,
+        num_attention_heads=4, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=1, **options,
     )  # fmt: skip
     return randomised(OPTForCausalLM(config), seed)
 
@@ -171,3 +172,56 @@ def mixtral(seed=0):
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return randomised(MixtralForCausalLM(config), seed)
+
+
+def llama_like(name, **options):
+    """A small model of an architecture whose configuration has Llama's names."""
+    config = getattr(transformers, f"{name}Config" if name != "Gemma3" else "Gemma3TextConfig")(
+        **{
+            "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
+            "pad_token_id": 2,
+        } | options
+    )  # fmt: skip
+    return randomised(getattr(transformers, f"{name}ForCausalLM")(config))
+
+
+def falcon(**options):
+    config = transformers.FalconConfig(
+        **{
+            "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "alibi": False, "bias": False, "multi_query": True, "parallel_attn": True,
+            "new_decoder_architecture": False, "bos_token_id": 1, "eos_token_id": 2,
+        } | options
+    )  # fmt: skip
+    return randomised(transformers.FalconForCausalLM(config))
+
+
+def mpt(**options):
+    config = transformers.MptConfig(
+        vocab_size=VOCABULARY, d_model=32, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=64, **options
+    )
+    return randomised(transformers.MptForCausalLM(config))
+
+
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+ARCHITECTURES = {
+    "llama": llama, "mistral": mistral, "qwen2": qwen2, "gpt2": gpt2, "phi3": phi3, "gptj": gptj, "opt": opt,
+    "gpt_neox": gpt_neox,
+    "gpt_neox sequential": lambda: llama_like("GPTNeoX", use_parallel_residual=False),
+    "phi": lambda: llama_like("Phi"),
+    "falcon": falcon,
+    "falcon sequential": lambda: falcon(multi_query=False, parallel_attn=False, bias=True, alibi=True),
+    "gemma": lambda: llama_like("Gemma", **GROUPED),
+    "gemma2": lambda: llama_like("Gemma2", **GROUPED),
+    "gemma3": lambda: llama_like("Gemma3", **GROUPED),
+    "qwen3": lambda: llama_like("Qwen3", **GROUPED),
+    "mpt": mpt,
+}  # fmt: skip
+"""Every supported architecture, with the variants that store or add things in another way."""
+
+BRIDGE_ONLY = {"phi", "falcon", "falcon sequential", "gemma", "gemma2", "gemma3", "mpt"}
+"""Those that HookedTransformer does not know, or does not make from a configuration in memory."""
+
+BOOTING = [(name, backend) for name in ARCHITECTURES for backend in BACKENDS
+           if backend == "bridge" or name not in BRIDGE_ONLY]  # fmt: skip

@@ -49,7 +49,8 @@ class SingularDefects:
 
     Attributes:
         layers: the blocks; row i of every tensor belongs to block `layers[i]`.
-        block: of L = (I + F)(I + A); its left direction is the layer-wise singular direction.
+        block: of L = (I + F)(I + A), or I + A + F where attention and MLP are in parallel; its left direction
+            is the layer-wise singular direction.
         attention: of A.
         ffn: of F; its right direction spans the explosion subspace.
         model_name: as TransformerLens calls the model.
@@ -186,7 +187,7 @@ def singular_defects(
     for block in tqdm(blocks, desc="singular defects", unit="block", disable=not progress, leave=False):
         A = attention_map(block, centered=centered)
         F = ffn_map(block, linearization, convention=convention, centered=centered, n_samples=n_samples, seed=seed)
-        for part, M in (("block", block_map(A, F)), ("attention", A), ("ffn", F)):
+        for part, M in (("block", block_map(A, F, parallel=block.parallel)), ("attention", A), ("ffn", F)):
             found[part].append(leading_triples(M, tol=tol, seed=seed))
     result = SingularDefects(
         layers=wanted,

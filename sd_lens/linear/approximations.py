@@ -2,7 +2,7 @@
 
     A = sum_h W_O[h] W_V[kv(h)] N_attn        one token alone: the softmax weight is 1
     F = W_out M N_mlp                          M: the linear fit of the neurons under Gaussian input
-    L = (I + F)(I + A)
+    L = (I + F)(I + A)                         or I + A + F where the two are in parallel
 
 N is what is linear in a norm: its gain, and LayerNorm's centring. The factor 1/rms is dropped; it scales
 a direction's length and does not turn it.
@@ -76,7 +76,8 @@ def attention_map(block: BlockWeights, *, centered: bool = True) -> LinearMap:
         device,
     )
     output = from_matrix(rearrange(block.W_O, "head d_head d_model -> d_model (head d_head)"))
-    return output @ shared @ values @ norm_map(block.attention_norm, block.W_in, centered=centered)
+    A = output @ shared @ values @ norm_map(block.attention_norm, block.W_in, centered=centered)
+    return _behind(block.attention_post_gain, A)
 
 
 def ffn_map(
@@ -110,7 +111,7 @@ def ffn_map(
         raise InputError(f"unknown linearization {linearization!r}; expected one of {get_args(Linearization)}")
     if convention not in get_args(Convention):
         raise InputError(f"unknown convention {convention!r}; expected one of {get_args(Convention)}")
-    output = from_matrix(block.W_out.mT)
+    output = _behind(block.mlp_post_gain, from_matrix(block.W_out.mT))
     N = norm_map(block.mlp_norm, block.W_in, centered=centered)
     if linearization == "gaussian":
         return output @ gaussian_fit(block, N, convention) @ N
@@ -121,10 +122,15 @@ def ffn_map(
     )
 
 
-def block_map(A: LinearMap, F: LinearMap) -> LinearMap:
-    """L = (I + F)(I + A), one sequential block: `[d_model] -> [d_model]`."""
+def block_map(A: LinearMap, F: LinearMap, *, parallel: bool = False) -> LinearMap:
+    """L, one block: `(I + F)(I + A)`, or `I + A + F` if attention and MLP are `parallel`: `[d_model] -> [d_model]`."""
     I = identity_like(A)  # noqa: E741
-    return (I + F) @ (I + A)
+    return I + A + F if parallel else (I + F) @ (I + A)
+
+
+def _behind(gain: Float[Tensor, " d_model"] | None, M: LinearMap) -> LinearMap:
+    """M and the gain of the norm behind it, whose scale is dropped like that of every norm."""
+    return M if gain is None else diagonal(gain.to(M.dtype)) @ M
 
 
 def gaussian_fit(block: BlockWeights, N: LinearMap, convention: Convention) -> LinearMap:

@@ -17,7 +17,11 @@ from sd_lens.models.hooks import architecture_of
 
 NormKind = Literal["rms", "layer"]
 
-SUPPORTED = ("GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+SUPPORTED = (
+    "FalconForCausalLM", "GPT2LMHeadModel", "GPTJForCausalLM", "GPTNeoXForCausalLM", "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM", "GemmaForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "MptForCausalLM",
+    "OPTForCausalLM", "Phi3ForCausalLM", "PhiForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+)  # fmt: skip
 """Architectures whose view is tested; a HookedTransformer built from a configuration of one's own has none."""
 
 
@@ -66,7 +70,7 @@ class BlockWeights:
     Attributes:
         layer: 0-based index of the block.
         attention_norm: in front of attention.
-        mlp_norm: in front of the MLP.
+        mlp_norm: in front of the MLP; where parallel blocks have a single norm, that.
         W_V: value weights; under grouped-query attention one per key-value head.
         W_O: output weights, one per head; head `h` reads value head `h // (n_heads // n_key_value_heads)`.
         W_in: into the MLP's neurons (the linear branch when gated).
@@ -75,6 +79,9 @@ class BlockWeights:
         b_in: bias of `W_in`, None if absent.
         b_gate: bias of `W_gate`, None if absent.
         act_fn: the activation's name.
+        attention_post_gain: gain of the RMSNorm behind attention (Gemma 2, 3), None without one.
+        mlp_post_gain: the same behind the MLP.
+        parallel: whether the MLP reads the stream in front of attention instead of that behind it.
     """
 
     layer: int
@@ -88,6 +95,9 @@ class BlockWeights:
     b_in: Float[Tensor, " d_mlp"] | None
     b_gate: Float[Tensor, " d_mlp"] | None
     act_fn: str
+    attention_post_gain: Float[Tensor, " d_model"] | None = None
+    mlp_post_gain: Float[Tensor, " d_model"] | None = None
+    parallel: bool = False
 
     @property
     def d_model(self) -> int:
@@ -125,7 +135,8 @@ def block_weights(model: Any, layer: int) -> BlockWeights:
 
     Raises:
         InputError: if there is no such block.
-        NotSupportedError: for a block that is not sequential, pre-norm and dense.
+        NotSupportedError: for an architecture that is not in `SUPPORTED`, or a variant of one that its linear maps do
+            not cover.
     """
     cfg = model.cfg
     block = _block(model, layer)
@@ -141,7 +152,7 @@ def block_weights(model: Any, layer: int) -> BlockWeights:
     return BlockWeights(
         layer=layer,
         attention_norm=_norm(cfg, block.ln1),
-        mlp_norm=_norm(cfg, block.ln2),
+        mlp_norm=_norm(cfg, getattr(block, "ln2", block.ln1)),
         W_V=_value_heads(cfg, attn.W_V.detach()),
         W_O=attn.W_O.detach(),
         W_in=mlp.W_in.detach(),
@@ -149,7 +160,10 @@ def block_weights(model: Any, layer: int) -> BlockWeights:
         W_out=mlp.W_out.detach(),
         b_in=None if W_gate is not None else b_in,
         b_gate=b_gate,
-        act_fn=cfg.act_fn,
+        act_fn=_activation(model),
+        attention_post_gain=_post_gain(cfg, block, "ln1_post"),
+        mlp_post_gain=_post_gain(cfg, block, "ln2_post"),
+        parallel=bool(getattr(cfg, "parallel_attn_mlp", False)),
     )
 
 
@@ -168,11 +182,8 @@ def _block(model: Any, layer: int) -> Any:
 
 def _check_supported(model: Any, block: Any) -> None:
     cfg = model.cfg
-    if getattr(cfg, "parallel_attn_mlp", False):
-        raise NotSupportedError("not supported yet: blocks with attention and MLP in parallel")
-    if hasattr(block, "ln1_post") or hasattr(block, "ln2_post"):
-        raise NotSupportedError("not supported yet: blocks with norms behind attention and MLP (Gemma 2, 3)")
-    if not hasattr(block, "ln1") or not hasattr(block, "ln2"):
+    needs_second = not getattr(cfg, "parallel_attn_mlp", False)
+    if not hasattr(block, "ln1") or (needs_second and not hasattr(block, "ln2")):
         raise NotSupportedError("not supported yet: blocks without a norm before attention and MLP")
     if getattr(cfg, "num_experts", None) or any(_tensor(block.mlp, n) is None for n in ("W_in", "W_out")):
         raise NotSupportedError("not supported yet: mixture-of-experts MLPs")
@@ -180,6 +191,23 @@ def _check_supported(model: Any, block: Any) -> None:
     architecture = architecture_of(model)
     if architecture is not None and architecture not in SUPPORTED:
         raise NotSupportedError(f"not supported yet: {architecture}; supported are {', '.join(SUPPORTED)}")
+    original = _original_config(model)
+    if getattr(original, "do_layer_norm_before", True) is False:
+        raise NotSupportedError("not supported yet: norms behind the residual sum (OPT-350m)")
+    if getattr(getattr(original, "attn_config", None), "clip_qkv", None):
+        raise NotSupportedError("not supported yet: clipped queries, keys and values (clip_qkv of MPT)")
+
+
+def _original_config(model: Any) -> Any:
+    """The transformers configuration behind a bridge; None for a HookedTransformer, which keeps none."""
+    return getattr(getattr(model, "original_model", None), "config", None)
+
+
+def _activation(model: Any) -> str:
+    """The MLP's activation. The bridge's `cfg.act_fn` knows only what the configuration calls `hidden_act`."""
+    if architecture_of(model) == "MptForCausalLM":
+        return "gelu"  # fixed in its code, not in its configuration
+    return str(getattr(_original_config(model), "activation", None) or model.cfg.act_fn)
 
 
 def _tensor(module: Any, name: str) -> Tensor | None:
@@ -195,20 +223,26 @@ def _bias(module: Any, name: str) -> Tensor | None:
 
 
 def _post_gain(cfg: Any, block: Any, name: str) -> Tensor | None:
-    """What multiplies a block's normalized write. Gemma stores it less 1, which HookedTransformer adds on loading."""
+    """What multiplies a block's normalized write, None without such a norm."""
     if not hasattr(block, name):
         return None
-    gain = _tensor(getattr(block, name), "w")
+    gain = _gain(cfg, getattr(block, name))
     if gain is None:
         raise NotSupportedError(f"not supported yet: {name} without a gain")
-    return 1 + gain if getattr(cfg, "rmsnorm_uses_offset", False) else gain
+    return gain
+
+
+def _gain(cfg: Any, norm: Any) -> Tensor | None:
+    """A norm's gain. Gemma stores it less 1, which HookedTransformer adds on loading and the bridge does not."""
+    gain = _tensor(norm, "w")
+    return gain if gain is None or not getattr(cfg, "rmsnorm_uses_offset", False) else 1 + gain
 
 
 def _norm(cfg: Any, norm: Any) -> Norm:
     kinds: dict[str, NormKind] = {"RMS": "rms", "RMSPre": "rms", "LN": "layer", "LNPre": "layer"}
     if cfg.normalization_type not in kinds:
         raise NotSupportedError(f"not supported yet: normalization {cfg.normalization_type!r}")
-    return Norm(kinds[cfg.normalization_type], _tensor(norm, "w"), _tensor(norm, "b"))
+    return Norm(kinds[cfg.normalization_type], _gain(cfg, norm), _tensor(norm, "b"))
 
 
 def _value_heads(cfg: Any, W_V: Tensor) -> Tensor:

@@ -5,14 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-)
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from sd_lens import attribute, attribute_neurons, attribute_sources
 from sd_lens.errors import InputError, NotSupportedError, NumericalError
@@ -86,35 +79,6 @@ def test_folded_models_are_attributed_too(family):
     found = attribute(folded(tiny.family(family)), TEXT, 3, 2)
     assert found.residual_error < 1e-5
     assert found.table.contribution.abs().max() > 0
-
-
-def gemma2():
-    config = Gemma2Config(
-        vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
-    )  # fmt: skip
-    return tiny.randomised(Gemma2ForCausalLM(config))
-
-
-def neox():
-    config = GPTNeoXConfig(
-        vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    return tiny.randomised(GPTNeoXForCausalLM(config))
-
-
-@pytest.mark.parametrize("build", [gemma2, neox], ids=["norms behind attention and MLP", "parallel blocks"])
-def test_other_ways_of_writing_sum_too(build):
-    model = tiny.wrap(build(), "bridge")
-    found = attribute(model, TEXT, 3, 1)
-    assert found.residual_error < 1e-5
-    assert found.table[found.table.kind == "head"].contribution.abs().max() > 1e-3
-    neurons = attribute_neurons(model, found, 1)
-    mlp = found.table.set_index("component").contribution["L1MLP"]
-    assert neurons.table.contribution.sum() == pytest.approx(mlp, rel=1e-4, abs=1e-6)
-    head = found.table.set_index("component").contribution["L1H2"]
-    assert attribute_sources(model, found, 1, 2).total == pytest.approx(head, rel=1e-4, abs=1e-6)
 
 
 def test_writes_that_do_not_sum_are_refused():
