@@ -26,7 +26,7 @@ MEANINGFUL_GAP = 1.05
 """Below this s1/s2 a change of the map by 5 % can turn its leading direction into the second."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SingularTriples:
     """Leading singular triples of one map per layer; `M v = s u`.
 
@@ -43,7 +43,7 @@ class SingularTriples:
     gap: Float64[Tensor, " layer"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SingularDefects:
     """Leading singular triples of the blocks of a model (0-based), and of their parts.
 
@@ -123,18 +123,22 @@ class SingularDefects:
             InputError: if the file is missing, damaged, or holds something else.
         """
         tensors, metadata = load_result(path, "SingularDefects")
-        block, attention, ffn = (
-            SingularTriples(**{f.name: tensors[f"{part}.{f.name}"] for f in fields(SingularTriples)}) for part in _PARTS
-        )
-        return cls(
-            layers=tuple(metadata["layers"]),
-            block=block,
-            attention=attention,
-            ffn=ffn,
-            model_name=metadata["model_name"],
-            linearization=metadata["linearization"],
-            convention=metadata["convention"],
-        )
+        try:
+            block, attention, ffn = (
+                SingularTriples(**{f.name: tensors[f"{part}.{f.name}"] for f in fields(SingularTriples)})
+                for part in _PARTS
+            )
+            return cls(
+                layers=tuple(metadata["layers"]),
+                block=block,
+                attention=attention,
+                ffn=ffn,
+                model_name=metadata["model_name"],
+                linearization=metadata["linearization"],
+                convention=metadata["convention"],
+            )
+        except KeyError as error:
+            raise InputError(f"{path} holds SingularDefects without {error}: it is damaged") from error
 
 
 _PARTS = ("block", "attention", "ffn")

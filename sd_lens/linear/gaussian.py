@@ -35,7 +35,7 @@ _NEURONS_AT_ONCE = 256  # times at most 7201 nodes in float64: 15 MB
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Expectations:
     """Moments of an activation under `t = scale * z + bias`, `z ~ N(0, 1)`; one entry per neuron.
 

@@ -67,6 +67,7 @@ class LinearMap:
         if other.shape[0] != self.shape[1]:
             raise InputError(f"cannot multiply a map of shape {self.shape} with shape {tuple(other.shape)}")
         if isinstance(other, LinearMap):
+            self._check_compatible(other)
             return LinearMap(
                 (self.shape[0], other.shape[1]),
                 lambda x: self.product(other.product(x)),
@@ -79,6 +80,7 @@ class LinearMap:
     def __add__(self, other: LinearMap) -> LinearMap:
         if other.shape != self.shape:
             raise InputError(f"cannot add maps of shapes {self.shape} and {other.shape}")
+        self._check_compatible(other)
         return LinearMap(
             self.shape,
             lambda x: self.product(x) + other.product(x),
@@ -86,6 +88,12 @@ class LinearMap:
             self.dtype,
             self.device,
         )
+
+    def _check_compatible(self, other: LinearMap) -> None:
+        if (self.dtype, self.device) != (other.dtype, other.device):
+            raise InputError(
+                f"cannot combine maps in {self.dtype} on {self.device} and in {other.dtype} on {other.device}"
+            )
 
     def dense(self) -> Float[Tensor, "d_out d_in"]:
         """The matrix itself, `d_out x d_in`: for looking and for tests."""

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from sd_lens.errors import NumericalError
+from sd_lens.errors import InputError, NumericalError
 from sd_lens.linear.maps import LinearMap
 
 # The value after the last wanted one only enters the gap: two digits suffice, and its error is quadratic in this.
@@ -24,7 +24,7 @@ _MAX_BLOCKS = 24
 _KEPT_BLOCKS = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LeadingTriples:
     """The `k` leading singular triples of a map, largest first; `M v = s u` and `M^T u = s v`.
 
@@ -59,6 +59,7 @@ def leading_triples(
         seed: of the random starting block.
 
     Raises:
+        InputError: if the map has fewer than `k` triples.
         NumericalError: if a product is not finite, or the residual stays above `tol`.
 
     Example:
@@ -68,6 +69,8 @@ def leading_triples(
         ([7.0], [0.0, 1.0, 0.0], 2.333)
     """
     d_out, d_in = M.shape
+    if not 1 <= k <= min(M.shape):
+        raise InputError(f"k={k}: a {d_out} x {d_in} map has 1 to {min(M.shape)} singular triples")
     width = min(max(_BLOCK, k + 2), d_in)
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(d_in, width, generator=generator, dtype=torch.float64)

@@ -25,7 +25,7 @@ SUPPORTED = (
 """Architectures whose view is tested; a HookedTransformer built from a configuration of one's own has none."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Norm:
     """The norm in front of attention or MLP.
 
@@ -40,7 +40,7 @@ class Norm:
     bias: Float[Tensor, " d_model"] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockWrites:
     """How a block writes to the residual stream: the tensors behind its activations, in their own dtype.
 
@@ -63,7 +63,7 @@ class BlockWrites:
     mlp_post_gain: Float[Tensor, " d_model"] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockWeights:
     """The tensors of one block, in TransformerLens's orientation (rows: `x @ W`), in their own dtype.
 

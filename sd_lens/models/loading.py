@@ -70,6 +70,8 @@ def load_model(
         hf_model, tokenizer = _from_gguf(Path(name).expanduser(), dtype)
     elif Path(name).expanduser().is_dir():
         hf_model, tokenizer = _from_folder(Path(name).expanduser(), dtype, trust_remote_code)
+    elif Path(name).expanduser().is_file():
+        raise ModelLoadError(f"{name} is a file that is not .gguf: expected a folder in Hugging Face's layout")
     elif isinstance(source, Path) or name.startswith((".", "~", os.sep)):
         raise ModelLoadError(f"there is no folder {name}")
     else:

@@ -31,7 +31,7 @@ MAJORITY = 0.5
 _CANDIDATE_RATIO = 1.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenGroup:
     """The high-norm tokens at initial, or at non-initial, positions.
 
@@ -52,7 +52,7 @@ class TokenGroup:
     decay_layers: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HighNormTokens:
     """What `find_high_norm_tokens` found; layer l is the residual stream after block l, 0-based.
 

@@ -22,7 +22,7 @@ QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 """The levels of `NormScan.quantiles`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TextNorms:
     """The norms of one text, every token and layer.
 
@@ -35,7 +35,7 @@ class TextNorms:
     norms: Float64[Tensor, "layer pos"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NormScan:
     """Norms of the residual stream after each block (0-based), over a corpus.
 

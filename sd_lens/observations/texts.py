@@ -19,7 +19,7 @@ Text = str | Tensor
 Texts = str | Iterable[str | Tensor] | Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Some texts, padded on the right to one length.
 

@@ -11,6 +11,7 @@ from sd_lens.linear.approximations import attention_map, block_map, ffn_map
 from sd_lens.linear.maps import identity_like
 from sd_lens.linear.spectra import leading_triples
 from sd_lens.models.blocks import block_weights
+from sd_lens.storage import save_result
 from tests import planted, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::sd_lens.errors.SmallGapWarning")
@@ -185,3 +186,17 @@ def test_the_papers_variant_drops_the_centring_in_both_maps(backend):
         assert getattr(plain, part).right.sum(dim=1).abs().max() > 0.05
     for part in ("attention", "ffn"):
         assert getattr(centred, part).right.sum(dim=1).abs().max() < 1e-4
+
+
+def test_a_file_without_some_of_the_tensors_is_named(tmp_path):
+    path = tmp_path / "d.safetensors"
+    save_result(path, {"block.left": torch.ones(1, 2)}, {"kind": "SingularDefects", "layers": [0]})
+    with pytest.raises(InputError, match=r"SingularDefects without 'block\.values': it is damaged"):
+        SingularDefects.load(path)
+
+
+def test_results_can_be_compared_and_kept_in_sets(tiny_llama):
+    one, other = (singular_defects(tiny_llama, [0], progress=False) for _ in range(2))
+    assert one == one
+    assert one != other
+    assert len({one, other, one}) == 2

@@ -54,3 +54,10 @@ def test_mismatched_shapes_are_named():
         M @ torch.ones(2, 1)
     with pytest.raises(InputError, match=r"shapes \(2, 3\) and \(3, 2\)"):
         M + M.T
+
+
+def test_maps_of_different_types_do_not_mix_silently():
+    narrow, wide = maps.identity(3), maps.from_matrix(torch.eye(3, dtype=torch.float64))
+    for combine in (lambda: narrow + wide, lambda: narrow @ wide):
+        with pytest.raises(InputError, match=r"in torch\.float32 on cpu and in torch\.float64 on cpu"):
+            combine()

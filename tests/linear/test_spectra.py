@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd_lens.errors import NumericalError
+from sd_lens.errors import InputError, NumericalError
 from sd_lens.linear import spectra
 from sd_lens.linear.maps import from_matrix
 from sd_lens.linear.spectra import leading_triples
@@ -95,3 +95,9 @@ def test_nan_and_failure_to_converge_are_errors():
     W[3, 4] = torch.nan
     with pytest.raises(NumericalError, match="50 x 50 map is not finite"):
         leading_triples(from_matrix(W))
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_a_map_has_no_more_triples_than_rows_or_columns(k):
+    with pytest.raises(InputError, match=f"k={k}: a 3 x 5 map has 1 to 3 singular triples"):
+        leading_triples(from_matrix(torch.ones(3, 5)), k=k)

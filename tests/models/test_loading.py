@@ -232,3 +232,11 @@ def test_a_cached_model_that_cannot_be_read_is_a_damaged_cache(tmp_path, monkeyp
 def test_a_model_in_training_mode_is_set_to_evaluation(backend):
     model = load_model(tiny.gpt2().train(), backend=backend)
     assert torch.equal(logits(model), logits(model))
+
+
+def test_a_file_of_another_kind_is_named(tmp_path):
+    path = tmp_path / "weights.bin"
+    path.write_bytes(b"x")
+    for source in (path, str(path)):
+        with pytest.raises(ModelLoadError, match=r"weights\.bin is a file that is not \.gguf: expected a folder"):
+            load_model(source)
