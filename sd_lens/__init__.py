@@ -12,6 +12,7 @@ from sd_lens.explanations.ablation import Ablation, ablate
 from sd_lens.explanations.attribution import Attribution, Faithfulness, attribute
 from sd_lens.explanations.components import Component
 from sd_lens.explanations.corpus import CorpusAttribution, attribute_corpus
+from sd_lens.explanations.decay import DefectEigenvalues, defect_eigenvalues
 from sd_lens.explanations.defects import SingularDefects, SingularTriples, singular_defects
 from sd_lens.explanations.drilling import (
     NeuronAttribution,
@@ -39,6 +40,7 @@ __all__ = [
     "Behaviour",
     "Component",
     "CorpusAttribution",
+    "DefectEigenvalues",
     "Faithfulness",
     "HighNormTokens",
     "NeuronAttribution",
@@ -56,6 +58,7 @@ __all__ = [
     "attribute_neurons",
     "attribute_sources",
     "default_texts",
+    "defect_eigenvalues",
     "errors",
     "figures",
     "find_high_norm_tokens",

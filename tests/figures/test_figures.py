@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sd_lens import figures, find_high_norm_tokens, scan_norms, singular_defects
+from sd_lens import DefectEigenvalues, figures, find_high_norm_tokens, scan_norms, singular_defects
 from sd_lens.figures.style import shown_number, shown_token
 from tests import planted, tiny
 
@@ -86,3 +86,19 @@ def test_token_text_is_escaped(monkeypatch, tiny_llama):
 def test_shown_tokens_and_numbers():
     assert shown_token(" a\n\t<b>&") == "\u00b7a\\n\\t&lt;b&gt;&amp;"
     assert [shown_number(x) for x in (23517.6, 999.96, 0.01234567)] == ["23,518", "1000", "0.01235"]
+
+
+def test_eigenvalues_are_drawn_on_a_signed_logarithm_with_their_angles():
+    found = DefectEigenvalues(
+        layers=(1, 2),
+        eigenvalue=torch.tensor([-99 + 5j, 9], dtype=torch.complex128),
+        angle=torch.tensor([3.0, 80], dtype=torch.float64),
+        rayleigh=torch.tensor([-999.0, 0], dtype=torch.float64),
+        linearization="gaussian",
+    )
+    figure = figures.eigenvalues(found, explosion_layers=[2], decay_layers=[1])
+    real, rayleigh, angle = figure.data
+    assert list(real.y) == pytest.approx([-2, 1])
+    assert list(rayleigh.y) == pytest.approx([-3, 0])
+    assert (list(real.text), list(angle.y), angle.yaxis) == (["-99", "9"], [3, 80], "y2")
+    assert {a.text for a in figure.layout.annotations} == {"explosion 2", "decay 1"}
