@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sd_lens.errors import InputError
 from sd_lens.explanations.components import Component, Components, parsed
 from sd_lens.explanations.interventions import Ablator, Mode, check_mode
 from sd_lens.explanations.references import collect_reference
@@ -83,7 +85,9 @@ def ablate(
             position such as `found.table`; every token by default.
         watch: the tokens whose norm is followed, in the same forms; the initial ones by default.
         reference: texts whose activations mean and resample take, at the tokens that `where` means there (a table
-            means tokens of `texts`, so all of another reference's are taken); `texts` by default.
+            means tokens of `texts`, so all of another reference's are taken); `texts` by default. Where the tokens
+            all have the same activation, as initial tokens of one kind do, replacing it changes nothing: a warning
+            says so.
         direction: what `"direction"` takes away.
         prepend_bos: put a beginning-of-sequence token in front of texts; None for the model's habit.
         max_length: cut texts to so many tokens.
@@ -101,7 +105,7 @@ def ablate(
         Ablation (zero) of L11MLP: norm after block 11 23,519 -> 143, perplexity 28.5 -> ...
     """
     wanted = parsed(model, components)
-    check_mode(mode, direction)
+    check_mode(mode, direction, reference)
     experiment = Experiment(
         model, texts, watch,
         prepend_bos=prepend_bos, max_length=max_length, batch_tokens=batch_tokens, progress=progress,
@@ -155,6 +159,13 @@ class Experiment:
                 where=None if elsewhere else where, prepend_bos=self.prepend_bos, seed=seed,
                 progress=self._progress, **self._options,
             )  # fmt: skip
+            same = [point for point, samples in found.samples.items() if _all_alike(samples)]
+            if same and reference is None:
+                warnings.warn(
+                    f"all tokens of the reference have the same activation at {same[0]}: mode={mode!r} replaces it by "
+                    "itself; pass another reference, or other texts",
+                    stacklevel=3,
+                )
         return Ablator(self.model, mode, reference=found, direction=direction, seed=seed)
 
     def behaviour(
@@ -162,6 +173,7 @@ class Experiment:
     ) -> Behaviour:
         """The behaviour with these components ablated at the tokens that `where` means."""
         sums = BehaviourSums(self.model, self.watch)
+        n_ablated = 0
         if ablator is not None:
             ablator.restart()
         for batch in batches(
@@ -169,8 +181,15 @@ class Experiment:
             **self._options,
         ):  # fmt: skip
             at: Tensor | None = None if where is None else selected(self.model, batch, where)
+            n_ablated += int(batch.real.sum() if at is None else at.sum())
             edits = {} if ablator is None else ablator.callbacks((component, at) for component in components)
             with torch.no_grad(), hooked(self.model, edits) as fired:
                 sums.run(batch)
             check_fired(edits, fired)
+        if n_ablated == 0:
+            raise InputError("the texts have none of the tokens that were to be ablated")
         return sums.result()
+
+
+def _all_alike(samples: Float[Tensor, "n ..."]) -> bool:
+    return torch.allclose(samples, samples[:1].expand_as(samples), rtol=1e-4, atol=1e-6)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sd_lens.errors import InputError
 from sd_lens.explanations.components import Component
-from sd_lens.explanations.contributions import WritesCapture, projected, unit_direction
+from sd_lens.explanations.contributions import WritesCapture, projected, shares, unit_direction
 from sd_lens.explanations.reading import at_last_token, of_text
 from sd_lens.models.hooks import residual_stream_points
 from sd_lens.observations.texts import Text, one_row, token_strings
@@ -53,7 +53,8 @@ class Attribution:
         total: the stream's length along the direction; with the token's own direction, the norm.
         residual_error: `|sum of contributions - total| / norm`.
         table: component (its label), kind, layer and head (missing where there is none), contribution (length along the
-            direction, negative against it), share (of `total`); in the order of writing.
+            direction, negative against it), share (of `total`; NaN where that is only rounding); in the order of
+            writing.
         faithfulness: how ablations agree; None until `verify` was called.
     """
 
@@ -113,7 +114,7 @@ def attribute(
 
     Example:
         >>> attribute(model, "The sea was calm.")  # doctest: +SKIP
-        Attribution of 'The' at position 0 after block 11: 23,498 of norm 23,498, mostly L11MLP (99.7 %); ...
+        Attribution of 'The' at position 0 after block 11: 22,712 of norm 22,712, mostly L11MLP (99.8 %), ...
 
     Source: the decomposition of the residual stream is Elhage et al. 2021; on the token's own direction it is exact
     for the norm.
@@ -124,8 +125,6 @@ def attribute(
         raise InputError(f"position {position} does not exist: the text has {n} tokens")
     row = row[: position % n + 1]
     unit = unit_direction(direction, model.cfg.d_model)
-    if layer is not None and not 0 <= layer < model.cfg.n_layers:
-        raise InputError(f"block {layer} does not exist: the model has blocks 0 to {model.cfg.n_layers - 1}")
     if cache is not None:
         _check_same_text(model, row, cache)
     capture = WritesCapture(model, model.cfg.n_layers - 1 if layer is None else layer)
@@ -144,7 +143,10 @@ def attribute(
         norm=float(found.norm[0]),
         total=float(found.total[0]),
         residual_error=float(found.error[0]),
-        table=contribution_table(writes.components(), found.contributions[0], float(found.total[0])),
+        table=component_columns(writes.components()).assign(
+            contribution=found.contributions[0].numpy(),
+            share=shares(found.contributions[0], float(found.total[0]), float(found.norm[0])).numpy(),
+        ),
     )
 
 
@@ -155,25 +157,17 @@ def _check_same_text(model: Any, row: Int64[Tensor, " pos"], cache: Any) -> None
         raise InputError("the cache is of another text or model: its embeddings differ from this text's")
 
 
-def contribution_table(
-    components: list[Component], contribution: Float64[Tensor, " component"], total: float
-) -> pd.DataFrame:
-    """The table of an `Attribution`."""
-    return component_columns(components).assign(
-        contribution=contribution.numpy(), share=(contribution / total).numpy() if total else float("nan")
-    )
-
-
 def component_columns(components: list[Component]) -> pd.DataFrame:
-    """Label, kind, layer and head of components, one a row."""
-    return pd.DataFrame(
-        {
-            "component": pd.Series([str(c) for c in components], dtype="str"),
-            "kind": pd.Series([c.kind for c in components], dtype="str"),
-            "layer": pd.array([c.layer for c in components], dtype="Int64"),
-            "head": pd.array([c.index for c in components], dtype="Int64"),
-        }
-    )
+    """Label, kind, layer and head of components, one a row; and neuron, if there are any."""
+    columns = {
+        "component": pd.Series([str(c) for c in components], dtype="str"),
+        "kind": pd.Series([c.kind for c in components], dtype="str"),
+        "layer": pd.array([c.layer for c in components], dtype="Int64"),
+        "head": pd.array([c.index if c.kind == "head" else None for c in components], dtype="Int64"),
+    }
+    if any(c.kind == "neuron" for c in components):
+        columns["neuron"] = pd.array([c.index if c.kind == "neuron" else None for c in components], dtype="Int64")
+    return pd.DataFrame(columns)
 
 
 def leading(table: pd.DataFrame, n: int = 2) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from sd_lens.errors import InputError
 
@@ -13,7 +13,7 @@ Kind = Literal[
     "embedding", "positional embedding", "head", "attention bias", "attention", "mlp", "mlp bias", "neuron", "block"
 ]
 
-_SUFFIX = {
+_SUFFIX: dict[Kind, str] = {
     "head": "H", "attention bias": "b_O", "attention": "ATTN", "mlp": "MLP", "mlp bias": "b_out", "neuron": "N",
     "block": "",
 }  # fmt: skip
@@ -33,6 +33,12 @@ class Component:
     kind: Kind
     layer: int | None = None
     index: int | None = None
+
+    def __post_init__(self) -> None:
+        needs_layer, needs_index = self.kind in _SUFFIX, self.kind in ("head", "neuron")
+        for name, value, needed in (("layer", self.layer, needs_layer), ("index", self.index, needs_index)):
+            if (value is None) == needed or (value is not None and value < 0):
+                raise InputError(f"a component of kind {self.kind!r} has {'a' if needed else 'no'} {name}, not {value}")
 
     def __str__(self) -> str:
         """Its label, as TransformerLens writes it where it has a word: `embed`, `pos_embed`, `L0H1`, `L0N5`."""
@@ -56,8 +62,8 @@ class Component:
                 f"no component is called {label!r}: expected L11H3 (head), L11ATTN, L11MLP, L11N45 (neuron), "
                 "L11 (block) or embed"
             )
-        assert kind in get_args(Kind)
-        return cls(kind, int(match["layer"]), int(match["index"]) if match["index"] else None)  # type: ignore[arg-type]
+        assert kind is not None
+        return cls(kind, int(match["layer"]), int(match["index"]) if match["index"] else None)
 
 
 Components = str | Component | Iterable[str | Component]
@@ -70,7 +76,7 @@ def parsed(model: Any, components: Components) -> tuple[Component, ...]:
         InputError: if there are none, a label is wrong, or the model has no such layer, head or neuron.
     """
     several = [components] if isinstance(components, str | Component) else components
-    found = tuple(c if isinstance(c, Component) else Component.parse(c) for c in several)
+    found = tuple(dict.fromkeys(c if isinstance(c, Component) else Component.parse(c) for c in several))
     if not found:
         raise InputError("no component was named: pass at least one, such as 'L0MLP'")
     for component in found:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sd_lens.errors import InputError, NotSupportedError, NumericalError
 from sd_lens.explanations.components import Component
-from sd_lens.models.blocks import BlockWrites, block_writes
+from sd_lens.models.blocks import BlockWrites, block_writes, check_layer
 from sd_lens.models.hooks import run_with_hooks
 
-_LARGEST_ERROR = {torch.float64: 1e-4, torch.float32: 1e-3}  # half precision: below
+_LARGEST_ERROR = {torch.float64: 1e-9, torch.float32: 1e-4}  # half precision: below
 _LARGEST_HALF_ERROR = 0.05
 
 Tokens = tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]
@@ -79,6 +79,7 @@ class WritesCapture:
     """Callbacks that capture `Writes` at chosen tokens of a batch; made once per model, used batch by batch."""
 
     def __init__(self, model: Any, layer: int):
+        check_layer(model, layer)
         self.model = model
         self.blocks = tuple(block_writes(model, block) for block in range(layer + 1))
         for block in self.blocks:
@@ -154,12 +155,22 @@ def projected(writes: Writes, direction: Float64[Tensor, " d_model"] | None) -> 
     contributions = writes.project(directions)
     total = (residual * directions).sum(dim=1)
     error = (contributions.sum(dim=1) - total).abs() / norm.clamp_min(torch.finfo(torch.float64).tiny)
-    if not bool((error <= _LARGEST_ERROR.get(writes.residual.dtype, _LARGEST_HALF_ERROR)).all()):
+    if not bool((error <= largest_error(writes.residual.dtype)).all()):
         raise NotSupportedError(
-            f"the writes of heads and MLPs miss the residual stream by {float(error.max()):.1e} of its norm: "
-            "this architecture adds something else to it, or scales what it adds"
+            f"the writes of heads and MLPs miss the residual stream by {float(error.max()):.1e} of its norm: this "
+            "architecture adds something else to it or scales what it adds, or hooks that are active edit it"
         )
     return Projected(directions, contributions, total, norm, error)
+
+
+def largest_error(dtype: torch.dtype) -> float:
+    """How far a sum of writes may miss what it should be, relative to the norm, before it is an error."""
+    return _LARGEST_ERROR.get(dtype, _LARGEST_HALF_ERROR)
+
+
+def shares(contributions: Float64[Tensor, " component"], total: float, norm: float) -> Float64[Tensor, " component"]:
+    """Contributions over their total; NaN where the total is nothing but rounding."""
+    return contributions / total if abs(total) > 1e-6 * norm else torch.full_like(contributions, float("nan"))
 
 
 def unit_direction(direction: Float[Tensor, " d_model"] | None, d_model: int) -> Float64[Tensor, " d_model"] | None:
@@ -204,8 +215,8 @@ def seen_through(W: Float[Tensor, "*rest d_model"], u: Float64[Tensor, "n d_mode
 
 
 def behind_norm(
-    u: Float64[Tensor, "n d_model"], gain: Float[Tensor, " d_model"] | None, scale: Float[Tensor, " n"] | None
-) -> Float64[Tensor, "n d_model"]:
+    u: Float64[Tensor, "#n d_model"], gain: Float[Tensor, " d_model"] | None, scale: Float[Tensor, " n"] | None
+) -> Float64[Tensor, "#n d_model"]:
     """The direction that a write meets in front of an RMSNorm whose scale is frozen."""
     return u if gain is None or scale is None else u * gain.double() / scale.double()[:, None]
 

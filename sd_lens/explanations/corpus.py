@@ -12,8 +12,9 @@ from torch import Tensor
 
 from sd_lens.errors import InputError
 from sd_lens.explanations.attribution import Faithfulness, component_columns
-from sd_lens.explanations.contributions import Projected, WritesCapture, projected, unit_direction
-from sd_lens.explanations.faithfulness import attributable, compared, effects
+from sd_lens.explanations.components import Component
+from sd_lens.explanations.contributions import Projected, WritesCapture, projected, shares, unit_direction
+from sd_lens.explanations.faithfulness import as_ablated, attributable, compared, effects
 from sd_lens.observations.selection import Where, selected
 from sd_lens.observations.texts import Texts, batches
 
@@ -28,8 +29,9 @@ class CorpusAttribution:
         norm: their mean norm.
         total: the mean length along the direction; with each token's own direction, the mean norm.
         residual_error: the largest `|sum of contributions - total| / norm` of any token.
-        table: component, kind, layer, head, contribution and share (means over the tokens), contribution_std and
-            share_std (spread between tokens), top (for how many tokens it is the largest contribution).
+        table: component, kind, layer, head, contribution (mean over the tokens), contribution_std (its spread between
+            them), share and share_std (both relative to the mean `total`), top (for how many tokens it is the largest
+            contribution, either way).
         faithfulness: how ablations agree, over the first `verify_tokens`; None without any.
     """
 
@@ -112,20 +114,20 @@ def attribute_corpus(
             to_verify += _first(tokens, rows, positions, found, verify_tokens - len(to_verify))
     if components is None:
         raise InputError("the texts have none of the tokens that were asked for")
-    contribution, share = moments.means()
-    contribution_std, share_std = moments.spreads()
+    norm, total = moments.norm / moments.n, moments.total / moments.n
+    spread = moments.spread()
     table = component_columns(components).assign(
-        contribution=contribution.numpy(), share=share.numpy(),
-        contribution_std=contribution_std.numpy(), share_std=share_std.numpy(), top=moments.top.numpy(),
+        contribution=moments.mean.numpy(), share=shares(moments.mean, total, norm).numpy(),
+        contribution_std=spread.numpy(), share_std=shares(spread, abs(total), norm).numpy(), top=moments.top.numpy(),
     )  # fmt: skip
     return CorpusAttribution(
         n_tokens=moments.n,
         layer=layer,
-        norm=moments.norm / moments.n,
-        total=moments.total / moments.n,
+        norm=norm,
+        total=total,
         residual_error=moments.error,
         table=table,
-        faithfulness=_verified(model, layer, to_verify, table.component.tolist(), progress) if to_verify else None,
+        faithfulness=_verified(model, layer, to_verify, components, progress) if to_verify else None,
     )
 
 
@@ -142,52 +144,42 @@ def _first(
 
 
 def _verified(
-    model: Any, layer: int, tokens: list[tuple[Tensor, Projected, int]], labels: list[str], progress: bool
+    model: Any, layer: int, tokens: list[tuple[Tensor, Projected, int]], components: list[Component], progress: bool
 ) -> Faithfulness:
-    components = attributable(model, layer)
-    names = [str(c) for c in components]
-    columns = [labels.index(name) for name in names]
-    lost = [effects(model, row, layer, p.directions[i], components, progress=progress) for row, p, i in tokens]
-    written = [p.contributions[i, columns] for _, p, i in tokens]
+    ablated = attributable(model, layer)
+    lost = [effects(model, row, layer, p.directions[i], ablated, progress=progress) for row, p, i in tokens]
+    contributions = torch.stack([p.contributions[i] for _, p, i in tokens]).mean(dim=0)
+    written = as_ablated(ablated, dict(zip(map(str, components), contributions.tolist(), strict=True)))
     total = sum(float(p.total[i]) for _, p, i in tokens) / len(tokens)
-    return compared(names, torch.stack(written).mean(dim=0), torch.stack(lost).mean(dim=0), total, "zero")
+    return compared([str(c) for c in ablated], written, torch.stack(lost).mean(dim=0), total, "zero")
 
 
 class _Moments:
-    """Running means and squared deviations of contributions and shares (Chan, Golub and LeVeque 1983)."""
+    """Running means and squared deviations of contributions (Chan, Golub and LeVeque 1983)."""
 
     def __init__(self) -> None:
         self.n = 0
         self.norm = self.total = self.error = 0.0
         self.top = torch.zeros(0, dtype=torch.long)
-        self._mean = self._squares = torch.zeros(2, 0, dtype=torch.float64)
+        self.mean = self._squares = torch.zeros(0, dtype=torch.float64)
 
     def add(self, found: Projected) -> None:
         """Add n tokens."""
-        both = torch.stack([found.contributions, found.contributions / found.total[:, None]])
-        n, n_components = both.shape[1:]
+        n, n_components = found.contributions.shape
         if self.n == 0:
-            self._mean = self._squares = torch.zeros(2, n_components, dtype=torch.float64)
+            self.mean = self._squares = torch.zeros(n_components, dtype=torch.float64)
             self.top = torch.zeros(n_components, dtype=torch.long)
-        mean = both.mean(dim=1)
-        away = mean - self._mean
-        self._squares = (
-            self._squares
-            + (both - mean[:, None]).square().sum(dim=1)
-            + away.square() * (self.n * n / (self.n + n))
-        )  # fmt: skip
-        self._mean = self._mean + away * (n / (self.n + n))
+        mean = found.contributions.mean(dim=0)
+        away = mean - self.mean
+        deviations = (found.contributions - mean).square().sum(dim=0)
+        self._squares = self._squares + deviations + away.square() * (self.n * n / (self.n + n))
+        self.mean = self.mean + away * (n / (self.n + n))
         self.n += n
         self.norm += float(found.norm.sum())
         self.total += float(found.total.sum())
         self.error = max(self.error, float(found.error.max()))
-        self.top += torch.bincount(found.contributions.argmax(dim=1), minlength=n_components)
+        self.top += torch.bincount(found.contributions.abs().argmax(dim=1), minlength=n_components)
 
-    def means(self) -> tuple[Float64[Tensor, " component"], Float64[Tensor, " component"]]:
-        """Of contributions and of shares."""
-        return self._mean[0], self._mean[1]
-
-    def spreads(self) -> tuple[Float64[Tensor, " component"], Float64[Tensor, " component"]]:
-        """Standard deviations of both; 0 for one token."""
-        both = (self._squares / max(self.n - 1, 1)).sqrt()
-        return both[0], both[1]
+    def spread(self) -> Float64[Tensor, " component"]:
+        """Standard deviation between tokens; 0 for one token."""
+        return (self._squares / max(self.n - 1, 1)).sqrt()

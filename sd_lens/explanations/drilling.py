@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
-import torch
 from jaxtyping import Float64
 from torch import Tensor
 
 from sd_lens.errors import InputError, NotSupportedError
 from sd_lens.explanations.attribution import Attribution
 from sd_lens.explanations.components import Component, parsed
-from sd_lens.explanations.contributions import behind_norm, seen_through
+from sd_lens.explanations.contributions import behind_norm, largest_error, seen_through, shares
 from sd_lens.explanations.reading import at_last_token, of_text
 from sd_lens.models.blocks import BlockWrites, block_writes
 
@@ -87,7 +87,7 @@ def attribute_neurons(
         cache: an `ActivationCache` of the text, to save the run.
 
     Raises:
-        InputError: for a block behind the attribution's, or a cache that lacks it.
+        InputError: for a block behind the attribution's, or a model or cache that is not the attribution's.
         NotSupportedError: for an MLP that has no neurons with one `W_out`, or whose neurons do not sum to it.
     """
     block = _block(model, attribution, Component("mlp", layer))
@@ -108,7 +108,7 @@ def attribute_neurons(
             "neuron": range(len(contribution)),
             "activation": post[0].double().cpu().numpy(),
             "contribution": contribution.numpy(),
-            "share": (contribution / attribution.total).numpy(),
+            "share": shares(contribution, attribution.total, attribution.norm).numpy(),
         }
     )
     return NeuronAttribution(layer, total, _checked(contribution, total, attribution, f"L{layer}MLP", post), table)
@@ -127,7 +127,8 @@ def attribute_sources(
         cache: an `ActivationCache` of the text, to save the run.
 
     Raises:
-        InputError: for a head that does not exist or lies behind the attribution's block, or a cache that lacks it.
+        InputError: for a head that does not exist or lies behind the attribution's block, or a model or cache that is
+            not the attribution's.
         NotSupportedError: if the sources do not sum to what the head writes.
     """
     block = _block(model, attribution, Component("head", layer, head))
@@ -150,7 +151,7 @@ def attribute_sources(
             "token": pd.Series(attribution.tokens, dtype="str"),
             "attention": attention.cpu().numpy(),
             "contribution": contribution.numpy(),
-            "share": (contribution / attribution.total).numpy(),
+            "share": shares(contribution, attribution.total, attribution.norm).numpy(),
         }
     )
     error = _checked(contribution, total, attribution, f"L{layer}H{head}", z)
@@ -168,8 +169,15 @@ def _block(model: Any, attribution: Attribution, component: Component) -> BlockW
 def _checked(
     contribution: Float64[Tensor, " n"], total: float, attribution: Attribution, name: str, activation: Tensor
 ) -> float:
+    """The miss of the parts' sum; they must be parts of what the attribution says of the whole."""
+    limit = largest_error(activation.dtype)
+    attributed = float(attribution.table.set_index("component").contribution.get(name, math.nan))
+    if not abs(attributed - total) <= limit * attribution.norm:
+        raise InputError(
+            f"{name} writes {total:.5g} here and {attributed:.5g} in the attribution: model, hooks or cache are others"
+        )
     error = abs(float(contribution.sum()) - total) / attribution.norm
-    if not error <= (1e-3 if activation.dtype in (torch.float32, torch.float64) else 0.05):
+    if not error <= limit:
         raise NotSupportedError(
             f"the parts of {name} miss what it writes by {error:.1e} of the norm: this architecture does something else"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from sd_lens.errors import InputError
 from sd_lens.explanations.attribution import Attribution, Faithfulness
 from sd_lens.explanations.components import Component, heads_and_mlps
+from sd_lens.explanations.contributions import largest_error
 from sd_lens.explanations.interventions import Ablator
 from sd_lens.explanations.references import collect_reference
 from sd_lens.models.hooks import check_fired, hooked, run_with_hooks
@@ -46,13 +47,23 @@ def verify(
         progress: show a progress bar.
 
     Raises:
-        InputError: if the attribution is of another model.
+        InputError: if the attribution is of another model, or of this one with other hooks or weights.
     """
     components = attributable(model, attribution.layer)
-    contributions = attribution.table.set_index("component").contribution
+    contributions = dict(zip(attribution.table.component, attribution.table.contribution, strict=True))
     labels = [str(c) for c in components]
-    if len(attribution.direction) != model.cfg.d_model or not set(labels) <= set(contributions.index):
+    if (
+        attribution.layer >= model.cfg.n_layers
+        or len(attribution.direction) != model.cfg.d_model
+        or not set(labels) <= set(contributions)
+    ):
         raise InputError("the attribution is of another model: it has other components")
+    whole = float(_length(model, attribution.token_ids[None], attribution.layer, attribution.direction)[0])
+    if not abs(whole - attribution.total) <= largest_error(model.cfg.dtype) * attribution.norm:
+        raise InputError(
+            f"the attribution is of another model, or of this one in another state: its length is {whole:.5g} here, "
+            f"not {attribution.total:.5g}"
+        )
     found = effects(
         model, attribution.token_ids, attribution.layer, attribution.direction, components,
         reference=reference, batch_tokens=batch_tokens, progress=progress,
@@ -60,7 +71,7 @@ def verify(
     return replace(
         attribution,
         faithfulness=compared(
-            labels, torch.tensor(contributions[labels].to_numpy()), found, attribution.total, _mode(reference)
+            labels, as_ablated(components, contributions), found, attribution.total, _mode(reference)
         ),
     )
 
@@ -68,6 +79,17 @@ def verify(
 def attributable(model: Any, layer: int) -> list[Component]:
     """The heads and MLPs that can have written to the stream after a block."""
     return [c for c in heads_and_mlps(model) if c.layer is not None and c.layer <= layer]
+
+
+def as_ablated(components: Sequence[Component], contributions: Mapping[str, float]) -> Float64[Tensor, " component"]:
+    """What each component's ablation takes away of the sum itself: its contribution, and an MLP's with its bias."""
+    return torch.tensor(
+        [
+            contributions[str(c)] + (contributions.get(f"L{c.layer}b_out", 0.0) if c.kind == "mlp" else 0.0)
+            for c in components
+        ],
+        dtype=torch.float64,
+    )
 
 
 def effects(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from sd_lens.errors import InputError
@@ -39,7 +40,8 @@ def ablated(
 ) -> Iterator[None]:
     """While the block runs, components are ablated in every forward pass; afterwards the model is as before.
 
-    Contexts nest, and everything else of sd_lens and TransformerLens can run inside.
+    Contexts nest, and what observes the model can run inside (`scan_norms`, `find_high_norm_tokens`, TransformerLens's
+    own). Attribution cannot, where the ablation edits a whole output: the stream is no longer the sum of the writes.
 
     Args:
         model: a `HookedTransformer` or `TransformerBridge`, folded or not.
@@ -50,7 +52,8 @@ def ablated(
             the activation stays, and only what it writes along `direction` is taken away.
         reference: texts for mean and resample.
         direction: for `"direction"`; normalized before use.
-        positions: ablate at these positions of every text only; everywhere by default.
+        positions: ablate at these positions of every row that runs; everywhere by default. (With a key-value cache, as
+            in `generate`, every new token runs at position 0.)
         seed: of `"resample"`.
         progress: show a progress bar while the reference is read.
 
@@ -63,10 +66,8 @@ def ablated(
         ...     scan_norms(model, texts)
     """
     wanted = parsed(model, components)
-    check_mode(mode, direction)
-    at = None if positions is None else [positions] if isinstance(positions, int) else list(positions)
-    if at is not None and (not at or min(at) < 0):
-        raise InputError(f"positions={positions!r}: expected positions from 0 on")
+    check_mode(mode, direction, reference)
+    at = _positions(positions)
     found = None
     if mode in ("mean", "resample"):
         if reference is None:
@@ -77,8 +78,17 @@ def ablated(
         yield
 
 
-def check_mode(mode: str, direction: Tensor | None) -> None:
-    """Whether there is such a mode, and a direction exactly where it needs one.
+def _positions(positions: int | Sequence[int] | None) -> list[int] | None:
+    if positions is None:
+        return None
+    several = torch.as_tensor(positions)
+    if several.numel() == 0 or several.dtype == torch.bool or several.is_floating_point() or int(several.min()) < 0:
+        raise InputError(f"positions={positions!r}: expected positions from 0 on")
+    return several.reshape(-1).tolist()
+
+
+def check_mode(mode: str, direction: Tensor | None, reference: Texts | None) -> None:
+    """Whether there is such a mode, and direction and reference where it has a use for them, nowhere else.
 
     Raises:
         InputError: if not.
@@ -89,6 +99,8 @@ def check_mode(mode: str, direction: Tensor | None) -> None:
         raise InputError("mode='direction' needs a direction, such as found.direction")
     if mode != "direction" and direction is not None:
         raise InputError(f"a direction was given, but mode={mode!r} has no use for it: pass mode='direction'")
+    if mode not in ("mean", "resample") and reference is not None:
+        raise InputError(f"a reference was given, but mode={mode!r} has no use for it: pass mode='mean' or 'resample'")
 
 
 class Ablator:
@@ -108,17 +120,17 @@ class Ablator:
         self.reference = reference
         self._unit = unit_direction(direction, model.cfg.d_model)
         self._seed = seed
-        self._generator = torch.Generator()
-        self.restart()
+        self._generators: dict[tuple[str, int | None], torch.Generator] = {}
 
     def restart(self) -> None:
         """Draw from the beginning again: what a component is replaced by must not depend on those before it."""
-        self._generator.manual_seed(self._seed)
+        self._generators.clear()
 
     def callbacks(self, targets: Iterable[tuple[Component, At]]) -> dict[str, Callback]:
         """One callback per hook point, that makes all edits there one after the other."""
         edits: dict[str, list[Callback]] = {}
-        for component, at in targets:
+        # Heads and neurons first: a whole output that was freed of the direction has no parts along it to take away.
+        for component, at in sorted(targets, key=lambda target: target[0].index is None):
             found = self._unwriting(component, at) if self.mode == "direction" else self._replacing(component, at)
             for point, edit in found:
                 edits.setdefault(point, []).append(edit)
@@ -129,20 +141,28 @@ class Ablator:
 
     def _replaced(self, point: str, index: int | None, at: At, activation: Tensor) -> Tensor:
         here: tuple[Any, ...] = (slice(None), slice(None), *(() if index is None else (index,)))
-        new = self._replacement(activation, point)[here]
+        new = self._replacement(activation, point, index)[here]
         edited = activation.clone()
         edited[here] = torch.where(_mask(at, new), new, edited[here])
         return edited
 
-    def _replacement(self, activation: Tensor, point: str) -> Tensor:
+    def _replacement(self, activation: Tensor, point: str, index: int | None) -> Tensor:
         if self.mode == "zero":
             return torch.zeros_like(activation)
         assert self.reference is not None
         if self.mode == "mean":
             return self.reference.means[point].to(activation).expand_as(activation)
         samples = self.reference.samples[point]
-        drawn = torch.randint(len(samples), activation.shape[:2], generator=self._generator)
+        drawn = self._drawn(len(samples), activation.shape[0], activation.shape[1], (point, index))
         return samples[drawn.to(samples.device)].to(activation)
+
+    def _drawn(self, n: int, n_rows: int, n_positions: int, slot: tuple[str, int | None]) -> Int64[Tensor, "batch pos"]:
+        """Which samples take the tokens' places: a sequence for each text, so that batching does not matter."""
+        if slot not in self._generators:
+            self._generators[slot] = torch.Generator().manual_seed(self._seed + zlib.crc32(repr(slot).encode()))
+        longest = max(self.model.cfg.n_ctx, n_positions)
+        rows = [torch.randint(n, (longest,), generator=self._generators[slot]) for _ in range(n_rows)]
+        return torch.stack(rows)[:, :n_positions]
 
     def _unwriting(self, component: Component, at: At) -> list[tuple[str, Callback]]:
         """Edits that take away what a component writes along the direction, and nothing else."""
@@ -198,7 +218,7 @@ def _in_turn(edits: list[Callback], activation: Tensor) -> Tensor | None:
 
 
 def _remember(seen: dict[str, Tensor], name: str, activation: Tensor) -> None:
-    seen[name] = activation.detach()
+    seen[name] = activation
 
 
 def _mask(at: At, like: Tensor) -> Bool[Tensor, ...]:

@@ -122,7 +122,7 @@ def _neurons(
     """The share of each neuron of a block's MLP, over some tokens."""
     lengths, contributions = [], []
     for text, position in zip(tokens.text.tolist(), tokens.position.tolist(), strict=True):
-        single = attribute(model, rows[text], position, layer, direction)
+        single = attribute(model, rows[text][: position + 1], position, layer, direction)
         lengths.append(_reference_length(single, layer, direction is None))
         contributions.append(torch.tensor(attribute_neurons(model, single, layer).table.contribution.to_numpy()))
     share = torch.stack(contributions).sum(dim=0) / sum(lengths)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from sd_lens.errors import InputError, NumericalError
 from sd_lens.explanations.contributions import unit_direction
 from sd_lens.explanations.metrics import LogitMetric, Metric, logit_metric, stream_metric
+from sd_lens.models.blocks import check_layer
 from sd_lens.models.hooks import check_fired, hooked, residual_stream_points, run_with_hooks
 from sd_lens.observations.texts import Text, one_row, token_strings
 
@@ -105,7 +106,7 @@ def patch(
         sites: what to patch: the residual stream in front of a block, the output of attention or MLP, or single heads
             (`"z"`, per layer, position and head). Only places that can reach the metric are patched.
         layer: of the metric; by default the block after which the clean norm at `position` is largest.
-        position: of the metric; negative ones count from the end.
+        position: of the norm or projection; negative ones count from the end.
         direction: of `"projection"`; normalized before use.
         prepend_bos: put a beginning-of-sequence token in front; None for the model's habit.
         batch_tokens: tokens run at a time: bounds memory.
@@ -128,14 +129,15 @@ def patch(
     if not -n <= position < n:
         raise InputError(f"position {position} does not exist: the texts have {n} tokens")
     if callable(metric):
+        if layer is not None or direction is not None:
+            raise InputError("a metric of the logits has neither layer nor direction: leave them out")
         measured = logit_metric(model, metric)
     elif metric in ("norm", "projection"):
         if (direction is None) == (metric == "projection"):
             raise InputError("metric='projection' needs a direction, and only that")
         position %= n
         layer = _peak(model, clean_row[: position + 1]) if layer is None else layer
-        if not 0 <= layer < model.cfg.n_layers:
-            raise InputError(f"block {layer} does not exist: the model has blocks 0 to {model.cfg.n_layers - 1}")
+        check_layer(model, layer)
         measured = stream_metric(layer, position, unit_direction(direction, model.cfg.d_model))
         clean_row, corrupted_row = clean_row[: position + 1], corrupted_row[: position + 1]
     else:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from sd_lens.errors import InputError
@@ -86,33 +87,30 @@ def collect_reference(
 
 
 class _Collector:
-    """Sums, and a uniform sample: the tokens with the largest of random keys."""
+    """Sums, and a uniform sample: the tokens with the largest of random keys, in the order of their keys."""
 
     def __init__(self, seed: int):
-        self._generator = torch.Generator().manual_seed(seed)
-        self._keys = torch.empty(0)
-        self._kept = self._new = torch.empty(0, dtype=torch.long)
+        # NumPy's numbers do not depend on how many are drawn at a time, torch's do.
+        self._generator = np.random.default_rng(seed)
+        self._keys = torch.empty(0, dtype=torch.float64)
+        self._chosen = torch.empty(0, dtype=torch.long)
         self._n = 0
         self._sums: dict[str, Tensor] = {}
         self._samples: dict[str, Tensor] = {}
 
     def draw(self, n: int) -> None:
-        """Decide which of the kept and of n new tokens to keep."""
-        keys = torch.cat([self._keys, torch.rand(n, generator=self._generator)])
-        chosen: Int64[Tensor, " k"] = keys.topk(min(N_SAMPLES, len(keys))).indices
-        self._kept = chosen[chosen < len(self._keys)]
-        self._new = chosen[chosen >= len(self._keys)] - len(self._keys)
-        self._keys = keys[torch.cat([self._kept, self._new + len(self._keys)])]
+        """Decide which of the kept tokens and of n new ones behind them to keep."""
+        keys = torch.cat([self._keys, torch.from_numpy(self._generator.random(n))])
+        self._keys, self._chosen = keys.topk(min(N_SAMPLES, len(keys)))
         self._n += n
 
     def add(self, point: str, mask: Tensor, activation: Tensor) -> None:
-        """Count the chosen tokens' activations at a point."""
+        """Count the new tokens' activations at a point."""
         rows = activation.detach()[mask.to(activation.device)]
         total = rows.double().sum(dim=0)
         self._sums[point] = self._sums[point] + total if point in self._sums else total
-        new = rows[self._new.to(rows.device)]
-        old = self._samples.get(point, new[:0])
-        self._samples[point] = torch.cat([old[self._kept.to(rows.device)], new])
+        kept = self._samples.get(point, rows[:0])
+        self._samples[point] = torch.cat([kept, rows])[self._chosen.to(rows.device)]
 
     def result(self) -> Reference:
         if self._n == 0:

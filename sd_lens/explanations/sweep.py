@@ -19,8 +19,9 @@ from sd_lens.explanations.ablation import Experiment
 from sd_lens.explanations.attribution import component_columns
 from sd_lens.explanations.components import Component, heads_and_mlps, parsed
 from sd_lens.explanations.interventions import Mode, check_mode
+from sd_lens.models.blocks import check_layer
 from sd_lens.observations.behaviour import Behaviour
-from sd_lens.observations.selection import Where
+from sd_lens.observations.selection import Where, check_where
 from sd_lens.observations.texts import Texts, token_rows
 from sd_lens.storage import written_whole
 
@@ -53,11 +54,14 @@ class AblationSweep:
     def __str__(self) -> str:
         changes = self.changes()
         norm = changes.iloc[int(changes.norm_change.abs().argmax())]
-        loss = changes.iloc[int(changes.loss_change.argmax())]
+        if changes.loss_change.isna().all():  # texts of one token
+            loss_said = "no text has a next token to predict"
+        else:
+            loss = changes.iloc[int(changes.loss_change.argmax())]
+            loss_said = f"{loss.component} the loss ({loss.loss_change:+.3g} nats per token)"
         return (
             f"AblationSweep ({self.mode}) of {len(changes)} components: {norm.component} changes the norm after block "
-            f"{self.layer} most ({100 * norm.norm_change:+.1f} %), {loss.component} the loss ({loss.loss_change:+.3g} "
-            "nats per token)"
+            f"{self.layer} most ({100 * norm.norm_change:+.1f} %), {loss_said}"
         )
 
     __repr__ = __str__
@@ -105,10 +109,11 @@ def sweep_ablations(
         InputError: as `ablate`; or if `resume` is a file of other settings, damaged, or cannot be written.
         NumericalError: if the residual stream or the loss is not finite.
     """
-    check_mode(mode, direction)
+    check_mode(mode, direction, reference)
+    check_where(where)
     wanted = parsed(model, heads_and_mlps(model) if components is None else components)
-    if layer is not None and not 0 <= layer < model.cfg.n_layers:
-        raise InputError(f"block {layer} does not exist: the model has blocks 0 to {model.cfg.n_layers - 1}")
+    if layer is not None:
+        check_layer(model, layer)
     experiment = Experiment(
         model, texts, watch,
         prepend_bos=prepend_bos, max_length=max_length, batch_tokens=batch_tokens, progress=False,
@@ -123,7 +128,7 @@ def sweep_ablations(
             "kind": "AblationSweep", "mode": mode, "layer": at, "seed": seed, "max_length": max_length,
             "texts": _digest(experiment.rows), "where": _digest(where), "watch": _digest(watch),
             "reference": _digest(references), "direction": _digest(direction),
-            "whole model": {name: f"{value:.4g}" for name, value in before.items()},
+            "whole model": {name: f"{value:.6g}" for name, value in before.items()},
         },
     )  # fmt: skip
     ablator = experiment.ablator(mode, wanted, where=where, reference=references, direction=direction, seed=seed)
@@ -132,6 +137,9 @@ def sweep_ablations(
             journal.add(str(component), _measures(experiment.behaviour(ablator, (component,), where), at))
     measured = pd.DataFrame([journal.rows[str(component)] for component in wanted])
     return AblationSweep(mode, at, before, component_columns(list(wanted)).join(measured))
+
+
+_MEASURES = ("norm", "loss", "sink")
 
 
 def _measures(behaviour: Behaviour, layer: int) -> dict[str, float]:
@@ -150,15 +158,20 @@ class _Journal:
         self.settings = settings
         self.rows: dict[str, dict[str, float]] = {}
         if self.path is not None and self.path.exists():
+            if not self.path.is_file():
+                raise InputError(f"cannot resume from {self.path}: it is not a file")
             try:
                 content = json.loads(self.path.read_text(encoding="utf-8"))
-                found, rows = content["settings"], content["rows"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                found = dict(content["settings"])
+                self.rows = {
+                    name: {measure: float(row[measure]) for measure in _MEASURES}
+                    for name, row in content["rows"].items()
+                }
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(f"{self.path} is not a sweep to resume, or is damaged: delete it") from error
             if found != settings:
-                other = next(name for name in settings if found.get(name) != settings[name])
+                other = next(n for n in {**settings, **found} if found.get(n) != settings.get(n))
                 raise InputError(f"{self.path} is a sweep with another {other}: delete it, or name another file")
-            self.rows = rows
 
     def add(self, component: str, measures: dict[str, float]) -> None:
         """Remember a component, also on disk."""
@@ -174,8 +187,8 @@ def _digest(setting: Any) -> str:
         setting = setting[["text", "position"]].to_numpy().tolist()
     elif isinstance(setting, Tensor):
         setting = setting.tolist()
-    elif isinstance(setting, list):
+    elif isinstance(setting, list) and not all(isinstance(row, str) for row in setting):
         setting = [row.tolist() if isinstance(row, Tensor) else row for row in setting]
     elif isinstance(setting, Collection) and not isinstance(setting, str):
-        setting = sorted(setting)
+        setting = sorted(setting)  # tokens: their order does not matter
     return hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:16]

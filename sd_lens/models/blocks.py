@@ -116,15 +116,18 @@ def block_writes(model: Any, layer: int) -> BlockWrites:
         NotSupportedError: for attention without output weights per head, or weights that are not floating-point.
     """
     block = _block(model, layer)
-    W_O = _tensor(block.attn, "W_O")
+    attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
+    if attn is None or mlp is None:
+        raise NotSupportedError(f"not supported yet: block {layer} has not both attention and MLP")
+    W_O = _tensor(attn, "W_O")
     if W_O is None or W_O.ndim != 3 or not W_O.is_floating_point():
         raise NotSupportedError(f"not supported yet: block {layer} has no floating-point W_O per head")
     return BlockWrites(
         layer=layer,
         W_O=W_O,
-        b_O=_bias(block.attn, "b_O"),
-        W_out=_tensor(block.mlp, "W_out"),
-        b_out=_bias(block.mlp, "b_out"),
+        b_O=_bias(attn, "b_O"),
+        W_out=_tensor(mlp, "W_out"),
+        b_out=_bias(mlp, "b_out"),
         attention_post_gain=_post_gain(model.cfg, block, "ln1_post"),
         mlp_post_gain=_post_gain(model.cfg, block, "ln2_post"),
     )
@@ -167,6 +170,16 @@ def block_weights(model: Any, layer: int) -> BlockWeights:
     )
 
 
+def check_layer(model: Any, layer: int) -> None:
+    """Whether the model has a block `layer`, 0-based.
+
+    Raises:
+        InputError: if not.
+    """
+    if not 0 <= layer < model.cfg.n_layers:
+        raise InputError(f"block {layer} does not exist: the model has blocks 0 to {model.cfg.n_layers - 1}")
+
+
 def all_blocks(model: Any, layers: tuple[int, ...]) -> list[BlockWeights]:
     """The views of several blocks, so that an unsupported one is reported before any work is done."""
     return [block_weights(model, layer) for layer in layers]
@@ -175,8 +188,7 @@ def all_blocks(model: Any, layers: tuple[int, ...]) -> list[BlockWeights]:
 def _block(model: Any, layer: int) -> Any:
     if not hasattr(model, "blocks"):
         raise NotSupportedError("not supported yet: models that are not causal decoders")
-    if not 0 <= layer < model.cfg.n_layers:
-        raise InputError(f"block {layer} does not exist: the model has blocks 0 to {model.cfg.n_layers - 1}")
+    check_layer(model, layer)
     return model.blocks[layer]
 
 

@@ -58,7 +58,7 @@ def write_report(
         rows = token_rows(model, default_texts() if texts is None else texts, prepend_bos=prepend_bos)
         first: list[Tensor] = []
         found = find_high_norm_tokens(
-            model, _remembered(rows, first, max_length or model.cfg.n_ctx), threshold,
+            model, _remembered(rows, first, min(max_length or model.cfg.n_ctx, model.cfg.n_ctx)), threshold,
             prepend_bos=resolved_prepend_bos(model, prepend_bos), max_length=max_length, progress=progress,
         )  # fmt: skip
         origins = norm_origins(model, found, first, progress=progress)

@@ -10,7 +10,7 @@ from sd_lens.explanations.components import heads_and_mlps
 from sd_lens.explanations.references import N_SAMPLES, collect_reference
 from sd_lens.models.blocks import block_writes
 from sd_lens.models.hooks import run_with_hooks
-from sd_lens.observations.selection import selected
+from sd_lens.observations.selection import check_where, selected
 from sd_lens.observations.texts import batches
 from tests import planted, tiny
 from tests.models.test_hooks import assert_unchanged, state
@@ -114,8 +114,8 @@ def test_resampling_draws_from_the_reference_and_follows_its_seed(tiny_model):
             drawn.append(activation(tiny_model, "blocks.1.hook_mlp_out")[0])
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
-    distance = torch.cdist(drawn[0], states).min(dim=1).values
-    assert distance.max() < 1e-5  # each is one of the reference's
+    distance = (drawn[0][:, None] - states).norm(dim=-1).min(dim=1).values
+    assert distance.max() < 2e-6 * states.norm(dim=-1).max()  # each is one of the reference's
     assert len({tuple(row.tolist()) for row in drawn[2]} | {tuple(row.tolist()) for row in drawn[0]}) > 3
 
 
@@ -195,6 +195,8 @@ def test_contexts_nest(tiny_model):
         ({"direction": torch.ones(32)}, "mode='zero' has no use for it"),
         ({"positions": []}, "expected positions from 0 on"),
         ({"positions": [-1]}, "expected positions from 0 on"),
+        ({"positions": True}, "expected positions from 0 on"),
+        ({"reference": TEXTS}, "mode='zero' has no use for it: pass mode='mean' or 'resample'"),
     ],
 )
 def test_bad_arguments_are_named(tiny_llama, options, message):
@@ -266,12 +268,17 @@ def test_selections_without_tokens_are_named(tiny_llama, watch, message):
         (1.5, "expected a position, tokens, a table"),
         (True, "expected a position, tokens, a table"),
         ([3], "a collection must hold tokens as text"),
+        (
+            pd.DataFrame({"text": [0.0], "position": [1]}),
+            "column 'text' of the table of tokens holds others than integers",
+        ),
+        (pd.DataFrame({"text": [0], "position": ["a"]}), "column 'position' of the table"),
+        (pd.DataFrame({"text": [], "position": []}), "holds others than integers"),
     ],
 )
-def test_selections_of_another_kind_are_named(tiny_llama, where, message):
-    (batch,) = batches(tiny_llama, TEXTS, progress=False)
+def test_selections_of_another_kind_are_named(where, message):
     with pytest.raises(InputError, match=message):
-        tiny.unchecked(selected)(tiny_llama, batch, where)
+        tiny.unchecked(check_where)(where)
 
 
 def test_one_token_texts_have_norms_but_no_loss(tiny_llama):
@@ -301,7 +308,7 @@ def test_an_ablation_is_the_difference_of_two_runs(tiny_model):
 @pytest.mark.parametrize("mode", ["zero", "mean", "resample"])
 def test_where_restricts_the_ablation_to_some_tokens(tiny_llama, mode):
     """Only token 9 ("w6") is ablated, wherever it stands; the initial tokens of the first texts stay as they were."""
-    found = ablate(tiny_llama, TEXTS[:2], "L2MLP", mode, where=["w6"], watch=["w6"], progress=False)
+    found = ablate(tiny_llama, TEXTS[:2], "L2MLP", mode, where=["w6"], watch=["w6"], seed=2, progress=False)
     assert found.after.watched_norm[2] != found.before.watched_norm[2]
     assert found.after.other_norm[2] == found.before.other_norm[2]
 
@@ -370,3 +377,153 @@ def test_positional_embeddings_that_are_not_there_are_named(backend):
     model = tiny.wrap(tiny.llama(), backend)
     with pytest.raises(InputError, match="pos_embed does not exist"), ablated(model, "pos_embed"):
         pass
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("head", 1), ("head", 1, -1), ("mlp",), ("mlp", 1, 3), ("embedding", 0), ("neuron", -1, 2), ("head", None, 2)],
+)
+def test_components_have_a_layer_and_an_index_where_their_kind_has(arguments):
+    with pytest.raises(InputError, match=f"a component of kind '{arguments[0]}' has (a|no) (layer|index), not"):
+        Component(*arguments)
+
+
+def test_directions_are_taken_away_once_however_often_a_component_is_named(tiny_model):
+    """Naming a head twice, or beside the attention that it is part of, in any order."""
+    u = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u /= u.norm()
+    with ablated(tiny_model, "L1H2", "direction", direction=u):
+        once = activation(tiny_model, "blocks.1.hook_attn_out")
+    with ablated(tiny_model, ["L1H2", "L1H2"], "direction", direction=u):
+        torch.testing.assert_close(activation(tiny_model, "blocks.1.hook_attn_out"), once)
+    for both in (["L1ATTN", "L1H2"], ["L1H2", "L1ATTN"], ["L1", "L1H2"]):
+        with ablated(tiny_model, both, "direction", direction=u):
+            assert (activation(tiny_model, "blocks.1.hook_attn_out").double() @ u).abs().max() < 1e-6
+
+
+def test_a_direction_is_taken_away_at_the_positions_named(tiny_model):
+    u = torch.ones(32)
+    for label, point in (("L1H2", "blocks.1.hook_attn_out"), ("L1MLP", "blocks.1.hook_mlp_out")):
+        before = activation(tiny_model, point)
+        with ablated(tiny_model, label, "direction", direction=u, positions=2):
+            after = activation(tiny_model, point)
+        changed = (after - before).abs().amax(dim=-1)[0] > 1e-6
+        assert changed.tolist() == [False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize("label", ["L1H2", "L1N7"])
+def test_parts_behind_a_norm_are_taken_away_as_that_norm_lets_them_through(label):
+    """Gemma 2: the write is scaled by the norm behind it, whose scale is frozen."""
+    model = tiny.wrap(tiny.ARCHITECTURES["gemma2"](), "bridge")
+    u = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u /= u.norm()
+    is_head = label == "L1H2"
+    norm, point = ("ln1_post", "blocks.1.hook_attn_out") if is_head else ("ln2_post", "blocks.1.hook_mlp_out")
+    block = block_writes(model, 1)
+    if is_head:
+        part = activation(model, "blocks.1.attn.hook_z")[:, :, 2] @ block.W_O[2]
+    else:
+        part = activation(model, "blocks.1.mlp.hook_post")[:, :, 7, None] * block.W_out[7]
+    gain = 1 + getattr(model.blocks[1], norm).w.detach()
+    part = part * gain / activation(model, f"blocks.1.{norm}.hook_scale").reshape(1, 6, 1)
+    before = activation(model, point)
+    with ablated(model, label, "direction", direction=u):
+        after = activation(model, point)
+    torch.testing.assert_close(
+        after.double(), before.double() - (part.double() @ u)[..., None] * u, rtol=1e-4, atol=1e-6
+    )
+    assert (after - before).abs().max() > 1e-3
+
+
+def test_draws_do_not_depend_on_the_batch_and_differ_between_texts(tiny_llama):
+    texts = [torch.tensor([3, 14, 15, 9]), torch.tensor([3, 14, 15, 9]), torch.tensor([8, 9])]
+    losses = [
+        ablate(tiny_llama, texts, ["L1MLP", "L0H1"], "resample", batch_tokens=n, seed=5, progress=False).after.loss
+        for n in (1, 8, 1000)
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    with ablated(tiny_llama, "L1MLP", "resample", reference=TEXTS, progress=False):
+        seen = activation(tiny_llama, "blocks.1.hook_mlp_out", texts[0].expand(2, -1).reshape(-1)[:4])
+        rows = []
+        run_with_hooks(tiny_llama, torch.stack(texts[:2]), {"blocks.1.hook_mlp_out": rows.append})
+    assert seen.shape[1] == 4
+    assert not torch.equal(rows[0][0], rows[0][1])
+
+
+def test_samples_at_two_points_belong_to_the_same_tokens(tiny_llama):
+    """Also when tokens have been kept, dropped and replaced in many batches; and none is preferred."""
+    texts = torch.arange(3, 53).repeat(24)[: 24 * 48].reshape(24, 48)
+    found = collect_reference(
+        tiny_llama, texts, [Component("embedding"), Component("mlp", 0)], batch_tokens=100, progress=False
+    )
+    embeddings, mlp = found.samples["hook_embed"], found.samples["blocks.0.hook_mlp_out"]
+    for embedding, out in zip(embeddings[:20], mlp[:20], strict=True):
+        token = int((embedding - tiny_llama.W_E).norm(dim=1).argmin())
+        places = (texts == token).nonzero()
+        outs = torch.stack([activation(tiny_llama, "blocks.0.hook_mlp_out", texts[r])[0, p] for r, p in places])
+        assert (out - outs).norm(dim=1).min() < 1e-4
+
+
+def test_the_sample_prefers_neither_early_nor_late_tokens(tiny_llama):
+    texts = torch.cat([torch.full((20, 32), 5), torch.full((20, 32), 9)])
+    embeddings = collect_reference(
+        tiny_llama, texts, [Component("embedding")], batch_tokens=64, progress=False
+    ).samples["hook_embed"]
+    early = sum(bool(torch.equal(e, tiny_llama.W_E[5])) for e in embeddings)
+    assert 90 < early < 166  # 128 +- 8 of 256, and then some
+
+
+@pytest.mark.parametrize("where", [["nowhere"], [], 50, pd.DataFrame({"text": [9], "position": [0]})])
+def test_ablating_none_of_the_tokens_is_an_error(tiny_llama, where):
+    with pytest.raises(InputError, match="the texts have none of the tokens that were to be ablated"):
+        ablate(tiny_llama, TEXTS, "L1MLP", where=where, progress=False)
+
+
+@pytest.mark.parametrize("mode", ["mean", "resample"])
+def test_replacing_an_activation_by_itself_is_warned_of(tiny_llama, mode):
+    same = torch.tensor([[5, 6, 7, 8], [5, 9, 3, 8]])
+    with pytest.warns(
+        UserWarning, match=r"have the same activation at blocks\.1\.hook_mlp_out: mode='\w+' replaces it by"
+    ):
+        ablate(tiny_llama, same, "L1MLP", mode, where=0, progress=False)
+
+
+def test_padding_is_never_selected(tiny_llama):
+    """The shorter text is padded with its last token, which is the one that is asked for."""
+    texts = [torch.tensor([3, 4, 5, 6, 7, 8]), torch.tensor([10, 9])]
+    (batch,) = batches(tiny_llama, texts, progress=False)
+    assert batch.tokens.shape == (2, 6)
+    assert selected(tiny_llama, batch, ["w6"]).sum() == 1
+    table = pd.DataFrame({"text": [1, 1, 0, 5, 0], "position": [1, 4, 5, 0, 77]})
+    assert selected(tiny_llama, batch, table).nonzero().tolist() == [[0, 5], [1, 1]]
+
+
+def test_a_table_means_tokens_of_the_texts_and_all_of_another_reference(tiny_llama):
+    table = pd.DataFrame({"text": [0], "position": [2]})
+    reference = [torch.tensor([40, 41, 42])]
+    found = ablate(tiny_llama, TEXTS[:1], "L1MLP", "mean", where=table, reference=reference, progress=False)
+    mean = activation(tiny_llama, "blocks.1.hook_mlp_out", reference[0])[0].mean(dim=0)
+
+    def put(x):
+        x = x.clone()
+        x[0, 2] = mean
+        return x
+
+    seen = []
+    run_with_hooks(tiny_llama, TEXTS[0][None], {"blocks.1.hook_mlp_out": put, "blocks.1.hook_resid_post": seen.append})
+    assert float(found.after.maximum[1]) == pytest.approx(float(seen[0][0].norm(dim=-1).max()), rel=1e-5)
+    assert found.after.loss != found.before.loss
+
+
+def test_a_reference_is_cut_and_begun_like_the_texts(tiny_llama):
+    long, short = torch.tensor([5, 6, 7, 8, 9, 10]), torch.tensor([5, 6, 7])
+    cut, whole = (
+        ablate(tiny_llama, [short], "L1MLP", "mean", reference=[r], max_length=3, progress=False).after.loss
+        for r in (long, short)
+    )
+    assert cut == pytest.approx(whole, rel=1e-6)
+    with_bos, by_hand = (
+        ablate(tiny_llama, [short], "L1MLP", "mean", reference=[r], prepend_bos=True, progress=False).after.loss
+        for r in ("w2 w3", torch.tensor([1, 5, 6]))
+    )
+    assert with_bos == pytest.approx(by_hand, rel=1e-6)

@@ -131,6 +131,8 @@ def test_the_default_block_is_that_of_the_largest_clean_norm(tiny_llama):
         ({"metric": "loss"}, "unknown metric 'loss'"),
         ({"metric": "projection"}, "metric='projection' needs a direction, and only that"),
         ({"direction": torch.ones(32)}, "metric='projection' needs a direction, and only that"),
+        ({"metric": difference, "layer": 1}, "a metric of the logits has neither layer nor direction"),
+        ({"metric": difference, "direction": torch.ones(32)}, "has neither layer nor direction"),
         ({"corrupted": CLEAN}, "for both texts: there is nothing to restore"),
         ({"position": 0}, "for both texts: there is nothing to restore"),
         ({"metric": lambda logits: logits[0, -1]}, "must return a tensor with one number"),
@@ -146,3 +148,39 @@ def test_bad_arguments_are_named(tiny_llama, changes, message):
 def test_a_metric_that_is_not_finite_is_an_error(tiny_llama):
     with pytest.raises(NumericalError, match="is not finite"):
         patch(tiny_llama, CLEAN, CORRUPTED, lambda logits: logits.sum() / 0, progress=False)
+
+
+def test_a_patch_that_breaks_the_metric_is_an_error(tiny_llama):
+    """Finite for both texts, not in between."""
+    low, high = sorted(float(difference(tiny_llama(text[None]).detach())) for text in (CLEAN, CORRUPTED))
+
+    def metric(logits):
+        value = difference(logits)
+        return torch.where((value - low).abs().minimum((value - high).abs()) < 1e-6, value, value / 0)
+
+    with pytest.raises(NumericalError, match="is not finite with some of the patches"):
+        patch(tiny_llama, CLEAN, CORRUPTED, metric, progress=False)
+
+
+def test_sites_count_once_and_the_best_place_is_named(tiny_llama):
+    found = patch(tiny_llama, CLEAN, CORRUPTED, difference, ["mlp_out", "mlp_out"], progress=False)
+    assert len(found.table) == 3 * 6
+    best = found.table.iloc[int(found.table.restored.argmax())]
+    assert f"mlp_out of block {best.layer} at position {best.position} restores {100 * best.restored:.1f} %" in str(
+        found
+    )
+
+
+def test_the_default_block_is_the_clean_texts_at_the_position(planted_defect):
+    """The planted token explodes; the block is its, not the last token's nor the corrupted text's."""
+    from tests import planted
+
+    model = tiny.wrap(planted_defect.hf_model, "auto")
+    clean = planted_defect.texts[5]
+    corrupted = clean.clone()
+    corrupted[5] = 20
+    found = patch(model, clean, corrupted, sites=["mlp_out"], position=5, progress=False)
+    cache = model.run_with_cache(clean[None])[1]
+    norms = [float(cache[f"blocks.{i}.hook_resid_post"][0, 5].norm()) for i in range(planted.N_LAYERS)]
+    assert f"after block {norms.index(max(norms))}" in found.metric
+    assert found.table.restored[found.table.layer == planted.EXPLOSION].max() > 0.9

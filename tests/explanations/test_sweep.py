@@ -1,5 +1,6 @@
 import json
 
+import pandas as pd
 import pytest
 import torch
 
@@ -98,7 +99,18 @@ def test_a_sweep_of_another_model_is_not_resumed(tiny_llama, tmp_path):
         sweep_ablations(other, TEXTS, components=["L0H0"], resume=path, progress=False)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"settings": {}}',
+        '{"settings": 3, "rows": {}}',
+        '{"settings": {}, "rows": [1]}',
+        '{"settings": {}, "rows": {"L0H0": {"norm": 1.0}}}',
+    ],
+)
 def test_damaged_files_are_named(tiny_llama, tmp_path, content):
     path = tmp_path / "sweep.json"
     path.write_text(content)
@@ -123,3 +135,43 @@ def test_what_is_not_finite_stops_the_sweep(tiny_llama):
         tiny_llama.blocks[1].mlp.W_out[0, 0] = float("inf")
     with pytest.raises(NumericalError, match="not finite"):
         sweep_ablations(tiny_llama, TEXTS, progress=False)
+
+
+def test_a_sweep_with_one_setting_more_is_not_resumed(tiny_llama, tmp_path):
+    path = tmp_path / "sweep.json"
+    sweep_ablations(tiny_llama, TEXTS, components=["L0H0"], resume=path, progress=False)
+    content = json.loads(path.read_text())
+    content["settings"]["colour"] = "red"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="is a sweep with another colour"):
+        sweep_ablations(tiny_llama, TEXTS, components=["L0H0"], resume=path, progress=False)
+    with pytest.raises(InputError, match="cannot resume from .*: it is not a file"):
+        sweep_ablations(tiny_llama, TEXTS, components=["L0H0"], resume=tmp_path, progress=False)
+
+
+def test_the_order_of_tokens_and_components_does_not_matter_to_a_resumed_sweep(tiny_llama, tmp_path):
+    path = tmp_path / "sweep.json"
+    first = sweep_ablations(
+        tiny_llama, TEXTS, components=["L0H0", "L1H1"], where=["w6", "w5"], resume=path, progress=False
+    )
+    again = sweep_ablations(
+        tiny_llama, TEXTS, components=["L1H1", "L0H0"], where=["w5", "w6"], resume=path, progress=False
+    )
+    assert first.table.loss.tolist() == again.table.loss.tolist()[::-1]
+
+
+def test_neurons_have_a_column_of_their_own(tiny_llama):
+    table = sweep_ablations(tiny_llama, TEXTS, components=["L0H2", "L0N5"], progress=False).table
+    assert table["head"].tolist() == [2, None] or table["head"].isna().tolist() == [False, True]
+    assert table.neuron.isna().tolist() == [True, False]
+    assert table.neuron[1] == 5
+
+
+def test_texts_of_one_token_are_swept_without_a_loss(tiny_llama):
+    found = sweep_ablations(tiny_llama, torch.tensor([[3], [4]]), progress=False)
+    assert "no text has a next token to predict" in str(found)
+
+
+def test_tables_are_checked_before_anything_runs(tiny_llama):
+    with pytest.raises(InputError, match="no column 'position'"):
+        sweep_ablations(tiny_llama, TEXTS, where=pd.DataFrame({"text": [0]}), progress=False)
