@@ -30,8 +30,9 @@ class CorpusAttribution:
         total: the mean length along the direction; with each token's own direction, the mean norm.
         residual_error: the largest `|sum of contributions - total| / norm` of any token.
         table: component, kind, layer, head, contribution (mean over the tokens), contribution_std (its spread between
-            them), share and share_std (both relative to the mean `total`), top (for how many tokens it is the largest
-            contribution, either way).
+            them), share (of the mean `total`), share_std (spread of the contribution about that share of each token's
+            own total, relative to the mean `total`), top (for how many tokens it is the largest contribution, either
+            way).
         faithfulness: how ablations agree, over the first `verify_tokens`; None without any.
     """
 
@@ -115,10 +116,10 @@ def attribute_corpus(
     if components is None:
         raise InputError("the texts have none of the tokens that were asked for")
     norm, total = moments.norm / moments.n, moments.total / moments.n
-    spread = moments.spread()
+    share = shares(moments.mean, total, norm)
     table = component_columns(components).assign(
-        contribution=moments.mean.numpy(), share=shares(moments.mean, total, norm).numpy(),
-        contribution_std=spread.numpy(), share_std=shares(spread, abs(total), norm).numpy(), top=moments.top.numpy(),
+        contribution=moments.mean.numpy(), contribution_std=moments.spread().numpy(), share=share.numpy(),
+        share_std=shares(moments.spread_about(share), abs(total), norm).numpy(), top=moments.top.numpy(),
     )  # fmt: skip
     return CorpusAttribution(
         n_tokens=moments.n,
@@ -155,24 +156,28 @@ def _verified(
 
 
 class _Moments:
-    """Running means and squared deviations of contributions (Chan, Golub and LeVeque 1983)."""
+    """Running means, squared deviations and products of contributions and totals (Chan, Golub and LeVeque 1983)."""
 
     def __init__(self) -> None:
         self.n = 0
         self.norm = self.total = self.error = 0.0
         self.top = torch.zeros(0, dtype=torch.long)
-        self.mean = self._squares = torch.zeros(0, dtype=torch.float64)
+        self.mean = self._squares = self._products = torch.zeros(0, dtype=torch.float64)
+        self._total_squares = 0.0
 
     def add(self, found: Projected) -> None:
         """Add n tokens."""
         n, n_components = found.contributions.shape
         if self.n == 0:
-            self.mean = self._squares = torch.zeros(n_components, dtype=torch.float64)
+            self.mean = self._squares = self._products = torch.zeros(n_components, dtype=torch.float64)
             self.top = torch.zeros(n_components, dtype=torch.long)
-        mean = found.contributions.mean(dim=0)
-        away = mean - self.mean
-        deviations = (found.contributions - mean).square().sum(dim=0)
-        self._squares = self._squares + deviations + away.square() * (self.n * n / (self.n + n))
+        mean, total = found.contributions.mean(dim=0), found.total.mean()
+        deviations, total_deviations = found.contributions - mean, found.total - total
+        away, total_away = mean - self.mean, float(total) - (self.total / self.n if self.n else 0.0)
+        weight = self.n * n / (self.n + n)
+        self._squares = self._squares + deviations.square().sum(dim=0) + away.square() * weight
+        self._products = self._products + total_deviations @ deviations + away * total_away * weight
+        self._total_squares += float(total_deviations.square().sum()) + total_away**2 * weight
         self.mean = self.mean + away * (n / (self.n + n))
         self.n += n
         self.norm += float(found.norm.sum())
@@ -183,3 +188,8 @@ class _Moments:
     def spread(self) -> Float64[Tensor, " component"]:
         """Standard deviation between tokens; 0 for one token."""
         return (self._squares / max(self.n - 1, 1)).sqrt()
+
+    def spread_about(self, share: Float64[Tensor, " component"]) -> Float64[Tensor, " component"]:
+        """Standard deviation of contribution - share * total between tokens."""
+        squares = self._squares - 2 * share * self._products + share.square() * self._total_squares
+        return (squares.clamp_min(0) / max(self.n - 1, 1)).sqrt()

@@ -1,4 +1,5 @@
 import dataclasses
+import types
 import warnings
 
 import pytest
@@ -256,3 +257,35 @@ def test_results_print_in_one_line_and_are_frozen(tiny_llama):
     assert "SourceAttribution of L1H0" in str(attribute_sources(tiny_llama, found, 1, 0))
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.total = 1.0
+
+
+def test_a_cache_that_shares_only_the_first_token_is_refused(tiny_llama):
+    other = TEXT.clone()
+    other[2] = 44
+    with pytest.raises(InputError, match="the cache is of another text or model"):
+        attribute(tiny_llama, TEXT, 3, 2, cache=cache_of(tiny_llama, other))
+
+
+def test_shares_of_parts_are_of_the_attributed_length(tiny_llama):
+    u = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    found = attribute(tiny_llama, TEXT, 3, 2, u)
+    assert abs(found.total) < 0.9 * found.norm
+    for table in (attribute_neurons(tiny_llama, found, 1).table, attribute_sources(tiny_llama, found, 1, 0).table):
+        assert table.share.tolist() == pytest.approx((table.contribution / found.total).tolist())
+
+
+def test_the_largest_contribution_is_named_whatever_its_sign(tiny_llama):
+    found = attribute(tiny_llama, TEXT, 3, 2)
+    table = found.table.assign(contribution=[-99.0] + [1.0] * (len(found.table) - 1), share=0.5)
+    assert "mostly embed (50.0 %)" in str(dataclasses.replace(found, table=table))
+
+
+def test_weights_that_cannot_be_attributed_are_named(tiny_llama):
+    layer = tiny_llama.blocks[0]
+    stub = types.SimpleNamespace(cfg=tiny_llama.cfg, blocks=[types.SimpleNamespace(attn=layer.attn)])
+    with pytest.raises(NotSupportedError, match="block 0 has not both attention and MLP"):
+        block_writes(stub, 0)
+    integers = types.SimpleNamespace(W_O=torch.ones(4, 8, 32, dtype=torch.int8))
+    stub.blocks = [types.SimpleNamespace(attn=integers, mlp=layer.mlp)]
+    with pytest.raises(NotSupportedError, match="block 0 has no floating-point W_O per head"):
+        block_writes(stub, 0)

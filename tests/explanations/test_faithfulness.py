@@ -137,7 +137,8 @@ def test_a_corpus_is_the_mean_and_spread_of_its_tokens(tiny_model):
     places = [(0, 3), (1, 1), (2, 0)]  # token 9, in each text
     single = [attribute(tiny_model, TEXTS[text], position, 2) for text, position in places]
     contributions = torch.stack([torch.tensor(a.table.contribution) for a in single])
-    total = sum(a.total for a in single) / 3
+    totals = torch.tensor([a.total for a in single], dtype=torch.float64)
+    total = float(totals.mean())
     for batch_tokens in (1, 1000):
         found = attribute_corpus(tiny_model, TEXTS, 2, where=_table(places), batch_tokens=batch_tokens, progress=False)
         table = found.table
@@ -147,7 +148,7 @@ def test_a_corpus_is_the_mean_and_spread_of_its_tokens(tiny_model):
             ("contribution", contributions.mean(dim=0)),
             ("contribution_std", contributions.std(dim=0)),
             ("share", contributions.mean(dim=0) / total),
-            ("share_std", contributions.std(dim=0) / total),
+            ("share_std", (contributions - contributions.mean(dim=0) / total * totals[:, None]).std(dim=0) / total),
         ):
             torch.testing.assert_close(torch.tensor(table[column].to_numpy()), expected, rtol=1e-4, atol=1e-6)
         assert table.top.tolist() == torch.bincount(contributions.abs().argmax(dim=1), minlength=len(table)).tolist()

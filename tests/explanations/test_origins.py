@@ -1,3 +1,6 @@
+from dataclasses import replace
+
+import pandas as pd
 import pytest
 
 from sd_lens import attribute_corpus, find_high_norm_tokens
@@ -76,3 +79,27 @@ def test_without_high_norm_tokens_there_is_nothing_to_explain(tiny_llama):
     texts = planted.llama().texts[:4, :8]
     found = find_high_norm_tokens(tiny_llama, texts, progress=False)
     assert norm_origins(tiny_llama, found, list(texts), progress=False) == []
+
+
+def test_only_tokens_of_the_given_texts_count(planted_origins):
+    model, found, _ = planted_origins
+    few = norm_origins(model, found, list(planted.llama().texts[:12]), progress=False)
+    assert [o.attribution.n_tokens for o in few] == [1, 1, 11, 11]  # text 12 has a high-norm token as well
+
+
+def test_the_ablation_follows_the_origins_own_tokens(planted_origins):
+    _, _, origins = planted_origins
+    for origin in (origins[0], origins[2]):
+        before = origin.ablation.before
+        assert float(before.watched_norm[planted.EXPLOSION]) == pytest.approx(origin.attribution.norm, rel=0.05)
+        assert float(before.other_norm[planted.EXPLOSION]) < 0.2 * origin.attribution.norm or origin.kind == "initial"
+
+
+def test_neurons_are_named_until_most_is_told_and_tokens_are_escaped(planted_origins):
+    _, _, origins = planted_origins
+    neurons = pd.DataFrame({"neuron": [7, 8, 9, 10], "share": [0.6, 0.35, 0.03, 0.01]})
+    told = replace(origins[0], component="L2<b>", share=1.0, neurons=neurons)
+    (sentence, *_) = origin_sentences([told])
+    assert "L2&lt;b&gt; (100.0 %), in it by neurons 7 (60.0 %) and 8 (35.0 %)." in sentence
+    (sentence, *_) = origin_sentences([replace(told, neurons=neurons.assign(share=[0.4, 0.2, 0.2, 0.2]))])
+    assert "in it by neurons 7 (40.0 %), 8 (20.0 %) and 9 (20.0 %)." in sentence

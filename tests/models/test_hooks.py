@@ -6,7 +6,9 @@ import torch
 import sd_lens
 from sd_lens import find_high_norm_tokens, scan_norms, singular_defects
 from sd_lens.errors import HookError, InputError
-from sd_lens.models.hooks import residual_stream_points, run_with_hooks
+from sd_lens.explanations import interventions, patching
+from sd_lens.models import hooks
+from sd_lens.models.hooks import logits_with_hooks, residual_stream_points, run_with_hooks
 from tests import tiny
 
 TOKENS = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 7]])
@@ -167,3 +169,45 @@ def test_attention_patterns_reach_their_hooks(tiny_model):
     seen = []
     run_with_hooks(tiny_model, TOKENS, {"blocks.1.attn.hook_pattern": lambda x: seen.append(x.clone())})
     torch.testing.assert_close(seen[0].sum(dim=-1), torch.ones(2, 4, 4))
+
+
+def test_logits_carry_no_graph_unless_asked_for(tiny_model):
+    assert not logits_with_hooks(tiny_model, TOKENS, {}).requires_grad
+    assert logits_with_hooks(tiny_model, TOKENS, {}, gradients=True).requires_grad
+
+
+@pytest.mark.parametrize("architecture", ["OPTForCausalLM", "GPTJForCausalLM", "GPTNeoForCausalLM", "XGLMForCausalLM"])
+def test_patterns_are_read_only_where_the_bridge_does_not_hear_them(tiny_llama, architecture, monkeypatch):
+    monkeypatch.setattr(hooks, "architecture_of", lambda model: architecture)
+    for point in ("hook_pattern", "hook_attn_scores"):
+        with pytest.raises(HookError, match="can be read, not edited"):
+            logits_with_hooks(tiny_llama, TOKENS, {f"blocks.0.attn.{point}": lambda x: 2 * x})
+
+
+def test_an_edit_leaves_what_was_captured_before_as_it_was(tiny_model):
+    seen = []
+    with hooks.hooked(tiny_model, {"blocks.1.attn.hook_z": seen.append}):
+        tiny_model(TOKENS)
+        plain = seen[0].clone()
+        with sd_lens.ablated(tiny_model, "L1H0"):
+            tiny_model(TOKENS)
+    assert torch.equal(seen[0], plain)
+    torch.testing.assert_close(seen[1], plain)  # this reader came before the ablation
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: sd_lens.verify(model, sd_lens.attribute(model, TOKENS[0], 2), progress=False),
+        USES["patch"],
+        lambda model: sd_lens.ablate(model, TOKENS, "L1MLP", progress=False),
+    ],
+    ids=["verify", "patch", "ablate"],
+)
+def test_edits_that_never_fire_are_errors(backend, use, monkeypatch):
+    """A point that is registered and silent."""
+    silent = SILENT["llama", backend][0]
+    monkeypatch.setattr(patching, "_point", lambda site, layer: silent)
+    monkeypatch.setattr(interventions, "slots_of", lambda component: [(silent, None)])
+    with pytest.raises(HookError, match="exists in the model but did not fire"):
+        use(tiny.wrap(tiny.llama(), backend))
