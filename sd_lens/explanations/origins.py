@@ -21,6 +21,9 @@ from sd_lens.observations.high_norm import HighNormTokens, TokenGroup
 N_TOKENS = 8
 """Neurons and ablations at every position are looked at for so many tokens and texts."""
 
+# Verifying runs the text up to the token once per component: next to nothing for initial tokens.
+_TO_VERIFY = {"initial": 4, "non-initial": 1}
+
 
 @dataclass(frozen=True, eq=False)
 class NormOrigin:
@@ -98,7 +101,7 @@ def _origin(
     explodes = event == "explosion"
     direction = None if explodes else found.layer_directions[layer - 1]
     attribution = attribute_corpus(
-        model, list(rows), layer, tokens, direction, verify_tokens=4 if explodes else 0, progress=False
+        model, list(rows), layer, tokens, direction, verify_tokens=_TO_VERIFY[kind], progress=False
     )
     here = attribution.table[(attribution.table.layer == layer) & attribution.table.kind.isin(["head", "mlp"])]
     best = here.iloc[int((here.contribution if explodes else -here.contribution).argmax())]

@@ -90,11 +90,15 @@ def _zeroed(origin: NormOrigin) -> str:
 
 
 def _faithful(origin: NormOrigin) -> str:
+    """Whether the component is the cause, and for an explosion whether the others are what they seem."""
     faithfulness = origin.attribution.faithfulness
     if faithfulness is None:
         return ""
+    row = faithfulness.table.set_index("component").loc[origin.component]
+    ratio = 100 * row.effect / row.contribution
+    disagreement = faithfulness.disagreement if origin.event == "explosion" else ""
     return (
-        f"Block {origin.layer}, {origin.kind} tokens: over heads and MLPs, contribution and effect under "
-        f"{faithfulness.mode} ablation have a rank correlation of {faithfulness.rank_correlation:.2f}"
-        + (f"; {faithfulness.disagreement}." if faithfulness.disagreement else ".")
+        f"Ablating {origin.component} at these tokens ({faithfulness.mode}) has {ratio:.0f} % of the effect that its "
+        "contribution says; over all heads and MLPs contribution and effect have a rank correlation of "
+        f"{faithfulness.rank_correlation:.2f}" + (f"; {disagreement}." if disagreement else ".")
     )

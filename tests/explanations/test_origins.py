@@ -63,7 +63,8 @@ def test_the_sentences_carry_the_numbers(planted_origins):
     assert f"L4MLP, which takes away {-100 * origins[1].share:.1f} % of their length in front of the block" in text
     perplexities = shown_number(ablation.before.perplexity), shown_number(ablation.after.perplexity)
     assert "the perplexity from {} to {}".format(*perplexities) in text
-    assert "rank correlation of" in text
+    assert sum("at these tokens (zero) has 100 % of the effect that its contribution says" in s for s in sentences) == 4
+    assert f"rank correlation of {first.attribution.faithfulness.rank_correlation:.2f}" in text
     assert sum("Zeroing that block's neuron 3 alone" in s for s in sentences) == 2
 
 
@@ -98,7 +99,8 @@ def test_the_ablation_follows_the_origins_own_tokens(planted_origins):
 def test_neurons_are_named_until_most_is_told_and_tokens_are_escaped(planted_origins):
     _, _, origins = planted_origins
     neurons = pd.DataFrame({"neuron": [7, 8, 9, 10], "share": [0.6, 0.35, 0.03, 0.01]})
-    told = replace(origins[0], component="L2<b>", share=1.0, neurons=neurons)
+    unverified = replace(origins[0].attribution, faithfulness=None)
+    told = replace(origins[0], attribution=unverified, component="L2<b>", share=1.0, neurons=neurons)
     (sentence, *_) = origin_sentences([told])
     assert "L2&lt;b&gt; (100.0 %), in it by neurons 7 (60.0 %) and 8 (35.0 %)." in sentence
     (sentence, *_) = origin_sentences([replace(told, neurons=neurons.assign(share=[0.4, 0.2, 0.2, 0.2]))])
