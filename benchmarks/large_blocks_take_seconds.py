@@ -1,0 +1,90 @@
+"""Claim: a block of a 7B model takes seconds, hardly any memory beyond its weights, and time linear in them.
+
+Random blocks of the shapes of real models (Gaussian weights of the usual size, with a planted direction, for
+a random matrix has no gap). Products count applications of L or its transpose to a block of eight columns.
+"""
+
+import math
+import multiprocessing
+import resource
+import time
+
+import torch
+
+from sd_lens.linear.approximations import attention_map, block_map, ffn_map
+from sd_lens.linear.spectra import leading_triples
+from sd_lens.models.blocks import BlockWeights, Norm
+
+# d_model, d_mlp, heads, key-value heads, type of the weights
+SHAPES = {
+    "SmolLM2-135M": (576, 1536, 9, 3, torch.float32),
+    "Llama-3.2-1B": (2048, 8192, 32, 8, torch.float32),
+    "Llama-2-7B": (4096, 11008, 32, 32, torch.float32),
+    "Llama-2-70B": (8192, 28672, 64, 8, torch.bfloat16),
+}
+
+
+def random_block(d, d_mlp, n_heads, n_kv, dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return (torch.randn(*shape, generator=generator) / math.sqrt(shape[-2])).to(dtype)
+
+    norm = Norm("rms", torch.ones(d, dtype=dtype), None)
+    d_head = d // n_heads
+    block = BlockWeights(
+        layer=0, attention_norm=norm, mlp_norm=norm, W_V=draw(n_kv, d, d_head), W_O=draw(n_heads, d_head, d),
+        W_in=draw(d, d_mlp), W_gate=draw(d, d_mlp), W_out=draw(d_mlp, d), b_in=None, b_gate=None, act_fn="silu",
+    )  # fmt: skip
+    block.W_out[0] *= 30  # one neuron writes much more than the others
+    return block
+
+
+def resident_megabytes(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) / 1e3 for line in file if line.startswith(field))
+
+
+def analyse(block):
+    A, F = attention_map(block), ffn_map(block)
+    return leading_triples(block_map(A, F))
+
+
+def measure(name, queue):
+    """Seconds, products, megabytes of the weights and of the peak above them, in a fresh process."""
+    block = random_block(*SHAPES[name])
+    analyse(random_block(*SHAPES["SmolLM2-135M"]))  # thread pools and code caches
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # from here on the peak counts anew (Linux)
+    before = resident_megabytes("VmRSS")
+    start = time.perf_counter()
+    found = analyse(block)
+    seconds = time.perf_counter() - start
+    tensors = [block.W_V, block.W_O, block.W_in, block.W_gate, block.W_out]
+    weights = sum(t.numel() for t in tensors)
+    size = sum(t.numel() * t.element_size() for t in tensors) / 1e6
+    queue.put((seconds, found.products, weights, size, resident_megabytes("VmHWM") - before))
+
+
+def main():
+    context = multiprocessing.get_context("spawn")
+    print(f"{torch.get_num_threads()} threads; page size {resource.getpagesize()}")
+    print(f"{'':<14}{'weights':>14}{'MB':>8}{'seconds':>9}{'products':>10}{'MB more':>9}{'share':>8}")
+    points = []
+    for name in SHAPES:
+        queue = context.Queue()
+        process = context.Process(target=measure, args=(name, queue))
+        process.start()
+        seconds, products, weights, size, more = queue.get()
+        process.join()
+        points.append((math.log(weights), math.log(seconds / products)))
+        print(
+            f"{name:<14}{weights:>14,}{size:>8.0f}{seconds:>9.2f}{products:>10}{more:>9.0f}{100 * more / size:>7.1f} %"
+        )
+    x, y = torch.tensor(points, dtype=torch.float64).T
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+    print(f"seconds per product grow as weights to the power {slope:.2f}")
+
+
+if __name__ == "__main__":
+    main()
