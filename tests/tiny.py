@@ -13,18 +13,12 @@ from transformers import (
     GPTJForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -148,33 +142,20 @@ def gpt_neo(seed=0):
 
 def gpt_neox(seed=0):
     """Attention and MLP in parallel, each behind a norm of its own; one matrix for queries, keys and values."""
-    config = GPTNeoXConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return randomised(GPTNeoXForCausalLM(config), seed)
+    return llama_like("GPTNeoX", seed)
 
 
 def phi3(seed=0):
     """Llama with one matrix for queries, keys and values."""
-    config = Phi3Config(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-    )  # fmt: skip
-    return randomised(Phi3ForCausalLM(config), seed)
+    return llama_like("Phi3", seed, num_key_value_heads=2)
 
 
 def mixtral(seed=0):
     """A mixture of experts."""
-    config = MixtralConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, num_local_experts=4, num_experts_per_tok=2,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return randomised(MixtralForCausalLM(config), seed)
+    return llama_like("Mixtral", seed, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
 
 
-def llama_like(name, **options):
+def llama_like(name, seed=0, **options):
     """A small model of an architecture whose configuration has Llama's names."""
     config = getattr(transformers, f"{name}Config" if name != "Gemma3" else "Gemma3TextConfig")(
         **{
@@ -183,7 +164,7 @@ def llama_like(name, **options):
             "pad_token_id": 2,
         } | options
     )  # fmt: skip
-    return randomised(getattr(transformers, f"{name}ForCausalLM")(config))
+    return randomised(getattr(transformers, f"{name}ForCausalLM")(config), seed)
 
 
 def falcon(**options):

@@ -13,7 +13,7 @@ from torch import Tensor
 from sd_lens.errors import InputError
 from sd_lens.explanations.components import Component
 from sd_lens.explanations.contributions import WritesCapture, projected, shares, unit_direction
-from sd_lens.explanations.reading import at_last_token, of_text
+from sd_lens.explanations.reading import at_last_token, of_text, peak_block
 from sd_lens.models.hooks import residual_stream_points
 from sd_lens.observations.texts import Text, one_row, token_strings
 
@@ -131,7 +131,7 @@ def attribute(
     streams = residual_stream_points(model.cfg.n_layers)[1:] if layer is None else []
     read = at_last_token(model, row, list(dict.fromkeys([*capture.points(), *streams])), cache)
     if layer is None:
-        layer = int(torch.stack([read[name][0].double().norm() for name in streams]).argmax())
+        layer = peak_block({name: read[name] for name in streams})
         capture = WritesCapture(model, layer)
     writes = capture.assembled(read)
     found = projected(writes, unit)

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float64, Int, Int64
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from sd_lens.errors import InputError, NotSupportedError, NumericalError
 from sd_lens.explanations.components import Component
+from sd_lens.explanations.reading import Tokens, at_tokens
 from sd_lens.models.blocks import BlockWrites, block_writes, check_layer
-from sd_lens.models.hooks import run_with_hooks
 
 _LARGEST_ERROR = {torch.float64: 1e-9, torch.float32: 1e-4}  # half precision: below
 _LARGEST_HALF_ERROR = 0.05
-
-Tokens = tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]
-"""Rows and positions of n tokens in a batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +95,7 @@ class WritesCapture:
 
     def run(self, tokens: Int[Tensor, "batch pos"], which: Tokens) -> Writes:
         """Run the model up to the last block and capture."""
-        return self.assembled(activations(self.model, tokens, self.points(), which))
+        return self.assembled(at_tokens(self.model, tokens, self.points(), which))
 
     def assembled(self, found: dict[str, Tensor]) -> Writes:
         """The writes from activations at n tokens (`[n, ...]` each)."""
@@ -188,26 +184,7 @@ def unit_direction(direction: Float[Tensor, " d_model"] | None, d_model: int) ->
     return wide / length
 
 
-def activations(model: Any, tokens: Int[Tensor, "batch pos"], names: list[str], which: Tokens) -> dict[str, Tensor]:
-    """The activations at n tokens, `[n, ...]` per hook point."""
-    found: dict[str, Tensor] = {}
-    n_rows, n_positions = tokens.shape
-
-    def keep(name: str, activation: Tensor) -> None:
-        found[name] = at_tokens(activation, (n_rows, n_positions), which).detach()
-
-    run_with_hooks(model, tokens, {name: partial(keep, name) for name in names})
-    return found
-
-
-def at_tokens(activation: Tensor, shape: tuple[int, int], which: Tokens) -> Tensor:
-    """The chosen tokens' part of a `[batch, pos, ...]` activation; positional embeddings may lack the batch."""
-    whole = activation.expand(*shape, *activation.shape[2:]) if activation.ndim >= 3 else activation.expand(*shape, -1)
-    rows, positions = (index.to(activation.device) for index in which)
-    return whole[rows, positions]
-
-
-def seen_through(W: Float[Tensor, "*rest d_model"], u: Float64[Tensor, "n d_model"]) -> Float64[Tensor, n * rest]:
+def seen_through(W: Float[Tensor, "*rest d_model"], u: Float64[Tensor, "n d_model"]) -> Float64[Tensor, "n ..."]:
     """`W u` for every u: the length along u of what each row of W writes; products in float32 or better."""
     wide = W if W.dtype == torch.float64 else W.float()
     flat = u.to(wide.dtype) @ wide.reshape(-1, W.shape[-1]).T

@@ -16,7 +16,7 @@ from sd_lens.errors import InputError
 from sd_lens.linear.approximations import Convention, Linearization, attention_map, block_map, ffn_map
 from sd_lens.linear.eigenpairs import Part, nearest_eigenpair, rayleigh_quotient
 from sd_lens.linear.maps import diagonal
-from sd_lens.models.blocks import all_blocks
+from sd_lens.models.blocks import wanted_blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,13 +97,10 @@ def defect_eigenvalues(
 
     Source: Wang et al. 2025, section 3 (decay).
     """
-    wanted = tuple(range(model.cfg.n_layers)) if layers is None else tuple(layers)
-    if not wanted:
-        raise InputError("layers is empty: name at least one block")
+    blocks = wanted_blocks(model, layers)
     if part not in get_args(Part):
         raise InputError(f"unknown part {part!r}; expected one of {get_args(Part)}")
     pairs, quotients = [], []
-    blocks = all_blocks(model, wanted)
     for block in tqdm(blocks, desc="defect eigenvalues", unit="block", disable=not progress, leave=False):
         A = attention_map(block, centered=centered)
         F = ffn_map(block, linearization, convention=convention, centered=centered, n_samples=n_samples, seed=seed)
@@ -112,7 +109,7 @@ def defect_eigenvalues(
         pairs.append(nearest_eigenpair(R, direction, part, tol=tol))
         quotients.append(rayleigh_quotient(R, direction))
     return DefectEigenvalues(
-        layers=wanted,
+        layers=tuple(block.layer for block in blocks),
         eigenvalue=torch.tensor([pair.value for pair in pairs], dtype=torch.complex128),
         angle=torch.tensor([pair.angle for pair in pairs], dtype=torch.float64),
         rayleigh=torch.tensor(quotients, dtype=torch.float64),

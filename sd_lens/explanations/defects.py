@@ -19,7 +19,7 @@ from sd_lens.errors import InputError, SmallGapWarning
 from sd_lens.linear.angles import acute_angles
 from sd_lens.linear.approximations import Convention, Linearization, attention_map, block_map, ffn_map
 from sd_lens.linear.spectra import LeadingTriples, leading_triples
-from sd_lens.models.blocks import BlockWeights, all_blocks
+from sd_lens.models.blocks import BlockWeights, wanted_blocks
 from sd_lens.storage import load_result, save_result
 
 MEANINGFUL_GAP = 1.05
@@ -183,10 +183,7 @@ def singular_defects(
 
     Source: Wang et al. 2025, section 3; the closed form is derived in docs/closed_form.md.
     """
-    wanted = tuple(range(model.cfg.n_layers)) if layers is None else tuple(layers)
-    if not wanted:
-        raise InputError("layers is empty: name at least one block")
-    blocks = all_blocks(model, wanted)
+    blocks = wanted_blocks(model, layers)
     found: dict[str, list[LeadingTriples]] = {part: [] for part in _PARTS}
     for block in tqdm(blocks, desc="singular defects", unit="block", disable=not progress, leave=False):
         A = attention_map(block, centered=centered)
@@ -194,7 +191,7 @@ def singular_defects(
         for part, M in (("block", block_map(A, F, parallel=block.parallel)), ("attention", A), ("ffn", F)):
             found[part].append(leading_triples(M, tol=tol, seed=seed))
     result = SingularDefects(
-        layers=wanted,
+        layers=tuple(block.layer for block in blocks),
         block=_stacked(found["block"]),
         attention=_stacked(found["attention"]),
         ffn=_stacked(found["ffn"]),

@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from sd_lens.errors import InputError, NumericalError
 from sd_lens.explanations.contributions import unit_direction
 from sd_lens.explanations.metrics import LogitMetric, Metric, logit_metric, stream_metric
+from sd_lens.explanations.reading import at_last_token, peak_block
 from sd_lens.models.blocks import check_layer
-from sd_lens.models.hooks import check_fired, hooked, residual_stream_points, run_with_hooks
+from sd_lens.models.hooks import check_fired, hooked, residual_stream_points
 from sd_lens.observations.texts import Text, one_row, token_strings
 
 Site = Literal["resid_pre", "attn_out", "mlp_out", "z"]
@@ -136,7 +137,9 @@ def patch(
         if (direction is None) == (metric == "projection"):
             raise InputError("metric='projection' needs a direction, and only that")
         position %= n
-        layer = _peak(model, clean_row[: position + 1]) if layer is None else layer
+        if layer is None:
+            streams = residual_stream_points(model.cfg.n_layers)[1:]
+            layer = peak_block(at_last_token(model, clean_row[: position + 1], streams))
         check_layer(model, layer)
         measured = stream_metric(layer, position, unit_direction(direction, model.cfg.d_model))
         clean_row, corrupted_row = clean_row[: position + 1], corrupted_row[: position + 1]
@@ -245,12 +248,3 @@ def _places(model: Any, sites: Sequence[Site], last_layer: int, n_positions: int
 
 def _point(site: Site, layer: int) -> str:
     return f"blocks.{layer}.{'attn.' if site == 'z' else ''}hook_{site}"
-
-
-def _peak(model: Any, row: Int64[Tensor, " pos"]) -> int:
-    norms: list[float] = []
-    points = residual_stream_points(model.cfg.n_layers)[1:]
-    run_with_hooks(
-        model, row[None], {point: lambda x: norms.append(float(x[0, -1].double().norm())) for point in points}
-    )
-    return max(range(len(norms)), key=norms.__getitem__)

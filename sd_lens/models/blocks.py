@@ -6,6 +6,7 @@ architectures there are. Everything above it reads `BlockWeights`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -180,9 +181,17 @@ def check_layer(model: Any, layer: int) -> None:
         raise InputError(f"block {layer} does not exist: the model has blocks 0 to {model.cfg.n_layers - 1}")
 
 
-def all_blocks(model: Any, layers: tuple[int, ...]) -> list[BlockWeights]:
-    """The views of several blocks, so that an unsupported one is reported before any work is done."""
-    return [block_weights(model, layer) for layer in layers]
+def wanted_blocks(model: Any, layers: Iterable[int] | None) -> list[BlockWeights]:
+    """The views of some blocks, or of all; an unsupported one is reported before any work is done.
+
+    Raises:
+        InputError: if none is named, or one does not exist.
+        NotSupportedError: as `block_weights`.
+    """
+    wanted = range(model.cfg.n_layers) if layers is None else tuple(layers)
+    if not wanted:
+        raise InputError("layers is empty: name at least one block")
+    return [block_weights(model, layer) for layer in wanted]
 
 
 def _block(model: Any, layer: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,8 +42,8 @@ class Behaviour:
 
     @property
     def perplexity(self) -> float:
-        """The exponential of the loss."""
-        return math.exp(min(self.loss, 700.0)) if self.loss == self.loss else math.nan
+        """The exponential of the loss; inf where float64 has no such number (from 709.8 nats on)."""
+        return math.inf if self.loss > math.log(sys.float_info.max) else math.exp(self.loss)
 
     @property
     def sink_rate(self) -> float:

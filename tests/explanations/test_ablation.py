@@ -1,10 +1,11 @@
 import dataclasses
+import math
 
 import pandas as pd
 import pytest
 import torch
 
-from sd_lens import Component, ablate, ablated, attribute, observe_behaviour
+from sd_lens import Behaviour, Component, ablate, ablated, attribute, observe_behaviour
 from sd_lens.errors import InputError, NumericalError
 from sd_lens.explanations.components import heads_and_mlps
 from sd_lens.explanations.references import N_SAMPLES, collect_reference
@@ -285,6 +286,15 @@ def test_one_token_texts_have_norms_but_no_loss(tiny_llama):
     found = observe_behaviour(tiny_llama, torch.tensor([[3], [4]]), progress=False)
     assert str(found.loss) == str(found.perplexity) == "nan"
     assert found.watched_norm.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("loss", "perplexity"), [(0.0, 1.0), (2.0, 7.38905609893065), (709.0, 8.2e307), (710.0, math.inf)]
+)
+def test_a_perplexity_beyond_float64_is_infinite(loss, perplexity):
+    norms = torch.ones(2, dtype=torch.float64)
+    found = Behaviour(3, norms, norms, norms, loss, torch.ones(2, 1, dtype=torch.float64))
+    assert found.perplexity == pytest.approx(perplexity, rel=0.01)
 
 
 def test_an_ablation_is_the_difference_of_two_runs(tiny_model):
