@@ -21,9 +21,12 @@ from sd_lens.explanations.drilling import (
     attribute_sources,
 )
 from sd_lens.explanations.faithfulness import verify
+from sd_lens.explanations.forecast import Forecast, forecast
 from sd_lens.explanations.interventions import ablated
 from sd_lens.explanations.patching import Patching, patch
+from sd_lens.explanations.prediction import PredictedNorms, predict_norms
 from sd_lens.explanations.sweep import AblationSweep, sweep_ablations
+from sd_lens.linear.jacobians import Jacobian
 from sd_lens.models.loading import load_model
 from sd_lens.observations.behaviour import Behaviour, observe_behaviour
 from sd_lens.observations.high_norm import HighNormTokens, TokenGroup, find_high_norm_tokens
@@ -42,10 +45,13 @@ __all__ = [
     "CorpusAttribution",
     "DefectEigenvalues",
     "Faithfulness",
+    "Forecast",
     "HighNormTokens",
+    "Jacobian",
     "NeuronAttribution",
     "NormScan",
     "Patching",
+    "PredictedNorms",
     "SingularDefects",
     "SingularTriples",
     "SourceAttribution",
@@ -62,9 +68,11 @@ __all__ = [
     "errors",
     "figures",
     "find_high_norm_tokens",
+    "forecast",
     "load_model",
     "observe_behaviour",
     "patch",
+    "predict_norms",
     "read_texts",
     "scan_norms",
     "singular_defects",

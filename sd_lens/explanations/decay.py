@@ -13,7 +13,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sd_lens.errors import InputError
-from sd_lens.linear.approximations import Convention, Linearization, attention_map, block_map, ffn_map
+from sd_lens.linear.approximations import (
+    Convention,
+    Linearization,
+    MapsOfBlocks,
+    block_map,
+    block_parts,
+    name_of,
+)
 from sd_lens.linear.eigenpairs import Part, nearest_eigenpair, rayleigh_quotient
 from sd_lens.linear.maps import diagonal
 from sd_lens.models.blocks import wanted_blocks
@@ -65,7 +72,7 @@ def defect_eigenvalues(
     model: Any,
     direction: Float[Tensor, " d_model"],
     layers: Iterable[int] | None = None,
-    linearization: Linearization = "gaussian",
+    linearization: Linearization | MapsOfBlocks = "gaussian",
     *,
     part: Part = "plane",
     convention: Convention = "post-gain",
@@ -102,8 +109,9 @@ def defect_eigenvalues(
         raise InputError(f"unknown part {part!r}; expected one of {get_args(Part)}")
     pairs, quotients = [], []
     for block in tqdm(blocks, desc="defect eigenvalues", unit="block", disable=not progress, leave=False):
-        A = attention_map(block, centered=centered)
-        F = ffn_map(block, linearization, convention=convention, centered=centered, n_samples=n_samples, seed=seed)
+        A, F = block_parts(
+            block, linearization, convention=convention, centered=centered, n_samples=n_samples, seed=seed
+        )
         L = block_map(A, F, parallel=block.parallel)
         R = L + diagonal(-torch.ones(block.d_model, dtype=L.dtype, device=L.device))
         pairs.append(nearest_eigenpair(R, direction, part, tol=tol))
@@ -113,5 +121,5 @@ def defect_eigenvalues(
         eigenvalue=torch.tensor([pair.value for pair in pairs], dtype=torch.complex128),
         angle=torch.tensor([pair.angle for pair in pairs], dtype=torch.float64),
         rayleigh=torch.tensor(quotients, dtype=torch.float64),
-        linearization=linearization,
+        linearization=name_of(linearization),
     )

@@ -17,7 +17,14 @@ from tqdm.auto import tqdm
 
 from sd_lens.errors import InputError, SmallGapWarning
 from sd_lens.linear.angles import acute_angles
-from sd_lens.linear.approximations import Convention, Linearization, attention_map, block_map, ffn_map
+from sd_lens.linear.approximations import (
+    Convention,
+    Linearization,
+    MapsOfBlocks,
+    block_map,
+    block_parts,
+    name_of,
+)
 from sd_lens.linear.spectra import LeadingTriples, leading_triples
 from sd_lens.models.blocks import BlockWeights, wanted_blocks
 from sd_lens.storage import load_result, save_result
@@ -147,7 +154,7 @@ _PARTS = ("block", "attention", "ffn")
 def singular_defects(
     model: Any,
     layers: Iterable[int] | None = None,
-    linearization: Linearization = "gaussian",
+    linearization: Linearization | MapsOfBlocks = "gaussian",
     *,
     convention: Convention = "post-gain",
     centered: bool = True,
@@ -164,7 +171,8 @@ def singular_defects(
     Args:
         model: a `HookedTransformer` or `TransformerBridge`, folded or not.
         layers: 0-based blocks; all by default.
-        linearization: of the MLP: `"gaussian"`, the closed form, or `"sampled"`, the paper's estimator.
+        linearization: of the MLP: `"gaussian"`, the closed form, or `"sampled"`, the paper's estimator; or a
+            `Jacobian` or `Captured`, which replaces A too. docs/linearizations.md says which is for what.
         convention: where the MLP's Gaussian input is drawn, `"post-gain"` (the paper's) or `"pre-gain"`; on
             a model with folded norms both are the latter.
         centered: False drops LayerNorm's centring, as the paper does.
@@ -186,8 +194,9 @@ def singular_defects(
     blocks = wanted_blocks(model, layers)
     found: dict[str, list[LeadingTriples]] = {part: [] for part in _PARTS}
     for block in tqdm(blocks, desc="singular defects", unit="block", disable=not progress, leave=False):
-        A = attention_map(block, centered=centered)
-        F = ffn_map(block, linearization, convention=convention, centered=centered, n_samples=n_samples, seed=seed)
+        A, F = block_parts(
+            block, linearization, convention=convention, centered=centered, n_samples=n_samples, seed=seed
+        )
         for part, M in (("block", block_map(A, F, parallel=block.parallel)), ("attention", A), ("ffn", F)):
             found[part].append(leading_triples(M, tol=tol, seed=seed))
     result = SingularDefects(
@@ -196,7 +205,7 @@ def singular_defects(
         attention=_stacked(found["attention"]),
         ffn=_stacked(found["ffn"]),
         model_name=str(getattr(model.cfg, "model_name", "model")),
-        linearization=linearization,
+        linearization=name_of(linearization),
         convention=convention if any(map(_has_gain, blocks)) else "pre-gain",
     )
     _warn_of_small_gaps(result)

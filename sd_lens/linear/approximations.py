@@ -11,7 +11,7 @@ a direction's length and does not turn it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from einops import rearrange, reduce, repeat
@@ -34,7 +34,49 @@ from sd_lens.models.blocks import BlockWeights, Norm
 Linearization = Literal["gaussian", "sampled"]
 Convention = Literal["post-gain", "pre-gain"]
 
+
+@runtime_checkable
+class MapsOfBlocks(Protocol):
+    """A linearisation that brings its own maps, such as `Jacobian` and `Captured`."""
+
+    @property
+    def name(self) -> str:
+        """What results call it."""
+
+    def maps(self, block: BlockWeights) -> tuple[LinearMap, LinearMap]:
+        """A and F of a block."""
+
+
 _SAMPLES_AT_ONCE = 4096
+
+
+def block_parts(
+    block: BlockWeights,
+    linearization: Linearization | MapsOfBlocks = "gaussian",
+    *,
+    convention: Convention = "post-gain",
+    centered: bool = True,
+    n_samples: int = 100_000,
+    seed: int = 0,
+) -> tuple[LinearMap, LinearMap]:
+    """A and F of a block in any linearisation: a name, or an object that has maps of its own.
+
+    The options belong to the names, see `ffn_map`; an object does not read them.
+
+    Raises:
+        InputError: as `ffn_map`, or as the object's `maps`.
+        NotSupportedError: as `ffn_map`.
+        NumericalError: as `ffn_map`.
+    """
+    if isinstance(linearization, MapsOfBlocks):
+        return linearization.maps(block)
+    F = ffn_map(block, linearization, convention=convention, centered=centered, n_samples=n_samples, seed=seed)
+    return attention_map(block, centered=centered), F
+
+
+def name_of(linearization: Linearization | MapsOfBlocks) -> str:
+    """What results call a linearisation."""
+    return linearization.name if isinstance(linearization, MapsOfBlocks) else linearization
 
 
 def norm_map(norm: Norm, weight: Tensor, *, centered: bool = True) -> LinearMap:
@@ -120,6 +162,12 @@ def ffn_map(
         if convention == "post-gain"
         else from_matrix(sampled_fit(block, N, block.mlp_norm.bias, n_samples=n_samples, seed=seed))
     )
+
+
+def neuron_map(block: BlockWeights) -> LinearMap:
+    """The Gaussian linear map of the MLP from its input, behind the norm: F without N."""
+    N = identity_like(norm_map(block.mlp_norm, block.W_in))
+    return _behind(block.mlp_post_gain, from_matrix(block.W_out.mT)) @ gaussian_fit(block, N, "post-gain")
 
 
 def block_map(A: LinearMap, F: LinearMap, *, parallel: bool = False) -> LinearMap:

@@ -34,11 +34,13 @@ class Norm:
         kind: `"rms"`, or `"layer"` (which subtracts the mean).
         gain: `[d_model]`, what multiplies the normalized stream; None if folded into the weights.
         bias: `[d_model]`, what is added to it; None if there is none.
+        eps: added to the mean square under the root.
     """
 
     kind: NormKind
     gain: Float[Tensor, " d_model"] | None
     bias: Float[Tensor, " d_model"] | None
+    eps: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +85,9 @@ class BlockWeights:
         attention_post_gain: gain of the RMSNorm behind attention (Gemma 2, 3), None without one.
         mlp_post_gain: the same behind the MLP.
         parallel: whether the MLP reads the stream in front of attention instead of that behind it.
+        b_V: bias of the values, one per key-value head, None if absent.
+        b_O: bias of attention's output, None if absent or zero.
+        b_out: bias of the MLP's output, None if absent or zero.
     """
 
     layer: int
@@ -99,6 +104,9 @@ class BlockWeights:
     attention_post_gain: Float[Tensor, " d_model"] | None = None
     mlp_post_gain: Float[Tensor, " d_model"] | None = None
     parallel: bool = False
+    b_V: Float[Tensor, "kv_head d_head"] | None = None  # noqa: N815 - TransformerLens's name
+    b_O: Float[Tensor, " d_model"] | None = None  # noqa: N815 - TransformerLens's name
+    b_out: Float[Tensor, " d_model"] | None = None
 
     @property
     def d_model(self) -> int:
@@ -149,6 +157,7 @@ def block_weights(model: Any, layer: int) -> BlockWeights:
     if not mlp.W_in.is_floating_point():
         raise NotSupportedError(f"not supported yet: weights stored as {mlp.W_in.dtype}; dequantise them first")
     W_gate = _tensor(mlp, "W_gate")
+    b_V = _bias(attn, "b_V")
     b_in, b_gate = _tensor(mlp, "b_in"), _tensor(mlp, "b_gate")
     if W_gate is not None and b_in is not None and bool((b_in != 0).any()):
         # HookedTransformer adds b_in after the product with the gate, Hugging Face before it.
@@ -168,6 +177,9 @@ def block_weights(model: Any, layer: int) -> BlockWeights:
         attention_post_gain=_post_gain(cfg, block, "ln1_post"),
         mlp_post_gain=_post_gain(cfg, block, "ln2_post"),
         parallel=bool(getattr(cfg, "parallel_attn_mlp", False)),
+        b_V=None if b_V is None else _value_heads(cfg, b_V),
+        b_O=_bias(attn, "b_O"),
+        b_out=_bias(mlp, "b_out"),
     )
 
 
@@ -263,10 +275,10 @@ def _norm(cfg: Any, norm: Any) -> Norm:
     kinds: dict[str, NormKind] = {"RMS": "rms", "RMSPre": "rms", "LN": "layer", "LNPre": "layer"}
     if cfg.normalization_type not in kinds:
         raise NotSupportedError(f"not supported yet: normalization {cfg.normalization_type!r}")
-    return Norm(kinds[cfg.normalization_type], _gain(cfg, norm), _tensor(norm, "b"))
+    return Norm(kinds[cfg.normalization_type], _gain(cfg, norm), _tensor(norm, "b"), float(cfg.eps))
 
 
-def _value_heads(cfg: Any, W_V: Tensor) -> Tensor:
-    """One `W_V` per key-value head: HookedTransformer repeats each for all heads that share it."""
+def _value_heads(cfg: Any, values: Tensor) -> Tensor:
+    """One `W_V`, or `b_V`, per key-value head: HookedTransformer repeats each for all heads that share it."""
     n_kv = cfg.n_key_value_heads or cfg.n_heads
-    return W_V[:: cfg.n_heads // n_kv] if W_V.shape[0] == cfg.n_heads else W_V
+    return values[:: cfg.n_heads // n_kv] if values.shape[0] == cfg.n_heads else values

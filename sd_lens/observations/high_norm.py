@@ -178,7 +178,7 @@ def _result(
     keep = is_high[1:].any(dim=0)
     text, position, token = text[keep], position[keep], token[keep]
     norms, is_high = norms[:, keep], is_high[:, keep]
-    ordinary_growth = _growth(scanner.ordinary.median()[:, None])[:, 0]
+    ordinary_growth = growth_of(scanner.ordinary.median()[:, None])[:, 0]
     initial = position == 0
     per_layer = {layer: sums.above(layer + 1, float(cut[layer + 1])) for layer in range(len(cut) - 1)}
     found = {layer: (n, total) for layer, (n, total) in per_layer.items() if total is not None}
@@ -192,8 +192,8 @@ def _result(
         direction=_unit(everything[0]) if found else None,
         layer_directions={layer: _unit(total[0]) for layer, (_, total) in found.items()},
         pairwise_angle=_mean_pairwise_angle(everything[1], n_states),
-        initial=_group(norms[:, initial], is_high[:, initial], ordinary_growth),
-        non_initial=_group(norms[:, ~initial], is_high[:, ~initial], ordinary_growth),
+        initial=token_group(norms[:, initial], is_high[:, initial], ordinary_growth),
+        non_initial=token_group(norms[:, ~initial], is_high[:, ~initial], ordinary_growth),
     )
 
 
@@ -209,20 +209,22 @@ def _mean_pairwise_angle(unit_sum: Float64[Tensor, " d_model"], n: int) -> float
     return math.degrees(math.acos(min(1.0, max(-1.0, cosine))))
 
 
-def _growth(norms: Float64[Tensor, "point n"]) -> Float64[Tensor, "layer n"]:
+def growth_of(norms: Float64[Tensor, "point n"]) -> Float64[Tensor, "layer n"]:
+    """By what factor each block multiplies each token's norm."""
     return norms[1:] / norms[:-1].clamp_min(torch.finfo(norms.dtype).tiny)
 
 
-def _group(
+def token_group(
     norms: Float64[Tensor, "point n"],
     is_high: Bool[Tensor, "point n"],
     ordinary_growth: Float64[Tensor, " layer"],
 ) -> TokenGroup:
+    """Some high-norm tokens, their norms before block 0 and after each block, and the blocks that make them."""
     n_layers, n = norms.shape[0] - 1, norms.shape[1]
     if n == 0:
         zeros = torch.zeros(n_layers, dtype=torch.float64)
         return TokenGroup(0, zeros, zeros, zeros + 1, (), ())
-    growth = _growth(norms)
+    growth = growth_of(norms)
     least_growth = EXPLOSION_GROWTH * ordinary_growth.clamp_min(1.0)[:, None]
     explodes = is_high[1:] & (growth >= least_growth)
     decays = is_high[:-1] & (growth <= DECAY_GROWTH)

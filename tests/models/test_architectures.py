@@ -6,7 +6,10 @@ import torch
 from sd_lens import attribute, attribute_neurons, attribute_sources, singular_defects
 from sd_lens.linear.approximations import attention_map, block_map, ffn_map
 from sd_lens.linear.gaussian import activation_function
+from sd_lens.linear.jacobians import jacobian_maps
+from sd_lens.linear.lone_token import after_block, lone_attention, mlp_write
 from sd_lens.models.blocks import SUPPORTED, block_weights
+from sd_lens.models.hooks import run_with_hooks
 from tests import tiny
 from tests.oracles.responses import normalized, responses
 
@@ -61,6 +64,51 @@ def test_the_mlp_is_what_the_views_tensors_compute(model):
     written = written if block.mlp_post_gain is None else written * block.mlp_post_gain.double()
     assert written.std(dim=0).mean() > 0.05
     assert_constant(found.mlp - written)
+
+
+def after_running(model, streams):
+    """What block `LAYER` of the running model makes of `streams` in front of it, as one-token texts."""
+    seen = []
+    callbacks = {
+        f"blocks.{LAYER}.hook_resid_pre": lambda x: streams[:, None].to(x.dtype),
+        f"blocks.{LAYER}.hook_resid_post": lambda x: seen.append(x[:, 0]),
+    }
+    run_with_hooks(model, torch.full((len(streams), 1), 5), callbacks)
+    return seen[0]
+
+
+def test_a_lone_token_runs_through_the_view_as_through_the_model(model):
+    """Biases, norms and their eps included, for long streams and for short ones."""
+    block = block_weights(model, LAYER)
+    for scale in (1e-3, 1, 100):
+        x = scale * streams(model, 8)
+        expected = after_running(model, x)
+        torch.testing.assert_close(after_block(block, x), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_the_jacobian_is_what_small_steps_of_the_running_model_show(model):
+    block = block_weights(model, LAYER)
+    x = streams(model, 1)[0]
+    A, F = jacobian_maps(block, x)
+    L = block_map(A, F, parallel=block.parallel).dense()
+    steps = 0.02 * torch.eye(len(x))
+    differences = (after_running(model, x + steps) - after_running(model, x - steps)) / 0.04
+    if block.act_fn != "relu":  # a step may cross a kink
+        torch.testing.assert_close(L, differences.mT, rtol=0, atol=2e-2 * float(L.abs().max()))
+    torch.testing.assert_close(L, torch.autograd.functional.jacobian(lambda s: after_block(block, s[None])[0], x))
+    torch.testing.assert_close(A.T.dense(), A.dense().mT)
+    torch.testing.assert_close(F.T.dense(), F.dense().mT)
+
+
+def test_writes_depend_on_the_direction_of_a_long_stream_alone(model):
+    """Hence their derivatives along the stream vanish: what 1/rms does to the eigenvalue there."""
+    block = block_weights(model, LAYER)
+    x = 1e4 * torch.nn.functional.normalize(streams(model, 1)[0], dim=0)
+    torch.testing.assert_close(lone_attention(block, x[None]), lone_attention(block, 3 * x[None]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mlp_write(block, x[None]), mlp_write(block, 3 * x[None]), rtol=1e-3, atol=1e-3)
+    A, F = jacobian_maps(block, x)
+    L = block_map(A, F, parallel=block.parallel)
+    assert (L @ x - x).norm() < 1e-3 * x.norm()
 
 
 def test_the_closed_form_is_sampled_least_squares_within_its_noise(model):

@@ -9,7 +9,7 @@ from sd_lens.errors import InputError
 from sd_lens.linear.angles import acute_angles
 from sd_lens.models.hooks import residual_stream_points, run_with_hooks
 from sd_lens.observations.accumulators import DirectionSums
-from sd_lens.observations.high_norm import _group
+from sd_lens.observations.high_norm import token_group
 from sd_lens.observations.histograms import CUTS
 from tests import planted, tiny
 
@@ -121,7 +121,7 @@ def group(norms, high, ordinary_growth=None):
     """The group of tokens with these norms (`[token][point]`), high where the norm exceeds `high`."""
     t = torch.tensor(norms, dtype=torch.float64).T
     growth = torch.ones(len(t) - 1, dtype=torch.float64) if ordinary_growth is None else ordinary_growth
-    return _group(t, t > high, growth)
+    return token_group(t, t > high, growth)
 
 
 def test_explosion_is_doubling_beyond_ordinary_growth_into_high_norm():

@@ -1,9 +1,11 @@
 """Behaviour on the real model: SmolLM2-135M-Instruct, whose initial token explodes in blocks 2 and 11."""
 
+import math
+
 import pytest
 import torch
 
-from sd_lens import default_texts, find_high_norm_tokens, load_model, singular_defects
+from sd_lens import default_texts, find_high_norm_tokens, forecast, load_model, predict_norms, singular_defects
 from sd_lens.linear.angles import acute_angles
 from sd_lens.models.hooks import residual_stream_points, run_with_hooks
 from sd_lens.models.loading import _dequantise, _from_folder
@@ -107,3 +109,39 @@ def test_both_wrappers_predict_the_same(defects):
             acute_angles(other.block.left[i : i + 1], defects.block.left[b]).item() for i, b in enumerate((2, 11, 28))
         ]
         assert max(angles) < 0.05
+
+
+@pytest.fixture(scope="module")
+def forecasted(smollm2):
+    return forecast(smollm2, progress=False)
+
+
+def test_the_forecast_names_the_observed_blocks_and_the_direction(found, forecasted):
+    assert forecasted.explosion_layers == found.explosion_layers
+    assert forecasted.decay_layers == found.decay_layers
+    assert float(forecasted.direction @ found.direction) > math.cos(math.radians(2))  # asked: 10 degrees
+    logs = forecasted.norms[2:].log() / found.initial.median[2:].log()
+    assert (logs - 1).abs().max() < 0.05
+
+
+def test_scores_tell_which_tokens_explode_without_attention(smollm2, found, forecasted):
+    """Against a scan of the whole vocabulary by the running model, attention's outputs zeroed, to block 2."""
+    norms = []
+    zeroed = {f"blocks.{layer}.hook_attn_out": torch.zeros_like for layer in range(3)}
+    for tokens in torch.arange(smollm2.cfg.d_vocab)[:, None].split(4096):
+        read = {"blocks.2.hook_resid_post": lambda x: norms.append(x[:, 0].norm(dim=1))}
+        run_with_hooks(smollm2, tokens, zeroed | read)
+    explodes = torch.cat(norms) > found.threshold[2]
+    assert 2000 < int(explodes.sum()) < 4000
+    scores = torch.tensor(forecasted.vocabulary.non_initial.to_numpy())
+    ranks = scores.argsort().argsort().double() + 1
+    n, m = int(explodes.sum()), int((~explodes).sum())
+    area = (float(ranks[explodes].sum()) - n * (n + 1) / 2) / (n * m)
+    assert area >= 0.99
+
+
+def test_predicted_norms_are_those_observed_to_the_end(smollm2, found, forecasted):
+    """From the forecast alone; asked: 10 % of the logarithm."""
+    predicted = predict_norms(smollm2, forecasted.direction, float(forecasted.norms[11]), 11, progress=False)
+    assert predicted.decay_layers == (28, 29)
+    assert predicted.to_dataframe(found.initial.median).log_error.abs().max() < 0.05
