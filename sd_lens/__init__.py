@@ -26,10 +26,12 @@ from sd_lens.explanations.interventions import ablated
 from sd_lens.explanations.patching import Patching, patch
 from sd_lens.explanations.prediction import PredictedNorms, predict_norms
 from sd_lens.explanations.sweep import AblationSweep, sweep_ablations
+from sd_lens.linear.captured import Captured
 from sd_lens.linear.jacobians import Jacobian
 from sd_lens.models.loading import load_model
 from sd_lens.observations.behaviour import Behaviour, observe_behaviour
 from sd_lens.observations.high_norm import HighNormTokens, TokenGroup, find_high_norm_tokens
+from sd_lens.observations.linear_fits import capture_linear_maps
 from sd_lens.observations.norms import NormScan, TextNorms, scan_norms
 from sd_lens.observations.texts import default_texts, read_texts
 from sd_lens.report.writing import write_report
@@ -41,6 +43,7 @@ __all__ = [
     "AblationSweep",
     "Attribution",
     "Behaviour",
+    "Captured",
     "Component",
     "CorpusAttribution",
     "DefectEigenvalues",
@@ -63,6 +66,7 @@ __all__ = [
     "attribute_corpus",
     "attribute_neurons",
     "attribute_sources",
+    "capture_linear_maps",
     "default_texts",
     "defect_eigenvalues",
     "errors",

@@ -16,12 +16,20 @@ from sd_lens.models.blocks import BlockWeights, Norm
 Streams = Float[Tensor, "token d_model"]
 
 
+def normalized(norm: Norm, x: Streams) -> Streams:
+    """What a norm makes of streams, its gain and bias included."""
+    if norm.kind == "layer":
+        x = x - x.mean(dim=-1, keepdim=True)
+    x = x / (x.square().mean(dim=-1, keepdim=True) + norm.eps).sqrt()
+    return _plus(x if norm.gain is None else x * norm.gain.to(x.dtype), norm.bias)
+
+
 def lone_attention(block: BlockWeights, x: Streams) -> Streams:
     """What attention writes for tokens that see only themselves, from the streams in front of the block."""
     n_kv, groups = len(block.W_V), len(block.W_O) // len(block.W_V)
     W_V = rearrange(block.W_V.to(x.dtype), "kv d_model d_head -> d_model (kv d_head)")
     W_O = rearrange(block.W_O.to(x.dtype), "head d_head d_model -> (head d_head) d_model")
-    values = _plus(_normalized(block.attention_norm, x) @ W_V, None if block.b_V is None else block.b_V.flatten())
+    values = _plus(normalized(block.attention_norm, x) @ W_V, None if block.b_V is None else block.b_V.flatten())
     z = repeat(values, "token (kv d_head) -> token (kv group d_head)", kv=n_kv, group=groups)
     written = z @ W_O
     return _behind(block.attention_post_gain, block.attention_norm, _plus(written, block.b_O))
@@ -29,7 +37,7 @@ def lone_attention(block: BlockWeights, x: Streams) -> Streams:
 
 def mlp_input(block: BlockWeights, x: Streams) -> Streams:
     """What the MLP's neurons read: the stream behind the norm in front of it."""
-    return _normalized(block.mlp_norm, x)
+    return normalized(block.mlp_norm, x)
 
 
 def mlp_write(block: BlockWeights, x: Streams) -> Streams:
@@ -48,17 +56,10 @@ def after_block(block: BlockWeights, x: Streams) -> Streams:
     return middle + mlp_write(block, x if block.parallel else middle)
 
 
-def _normalized(norm: Norm, x: Streams) -> Streams:
-    if norm.kind == "layer":
-        x = x - x.mean(dim=-1, keepdim=True)
-    x = x / (x.square().mean(dim=-1, keepdim=True) + norm.eps).sqrt()
-    return _plus(x if norm.gain is None else x * norm.gain.to(x.dtype), norm.bias)
-
-
 def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias.to(x.dtype)
 
 
 def _behind(gain: Tensor | None, norm: Norm, written: Streams) -> Streams:
     """A write behind the RMSNorm that follows it, where there is one; it has the eps of the norm in front."""
-    return written if gain is None else _normalized(Norm("rms", gain, None, norm.eps), written)
+    return written if gain is None else normalized(Norm("rms", gain, None, norm.eps), written)

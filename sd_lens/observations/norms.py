@@ -156,7 +156,7 @@ class NormScanner:
             states = activation.detach()[real.to(activation.device)]
             norms[point] = torch.linalg.vector_norm(states, dim=-1, dtype=torch.float64)
             if not torch.isfinite(norms[point]).all():
-                raise NumericalError(_not_finite(self.points[point], batch, activation.dtype))
+                raise NumericalError(not_finite(self.points[point], batch, activation.dtype))
             if on_states is not None:
                 on_states(point, states, norms[point])
 
@@ -216,7 +216,8 @@ def initial_positions(batch: Batch) -> Bool[Tensor, " n"]:
     return (torch.arange(batch.tokens.shape[1]) == 0).expand_as(batch.real)[batch.real]
 
 
-def _not_finite(point: str, batch: Batch, dtype: torch.dtype) -> str:
+def not_finite(point: str, batch: Batch, dtype: torch.dtype) -> str:
+    """What is wrong where a batch's activations are NaN or inf, and what may help."""
     last = batch.first_text + len(batch.tokens) - 1
     advice = " (float16 ends at 65,504): load the model in float32 or bfloat16" if dtype == torch.float16 else ""
-    return f"the residual stream is not finite at {point}, texts {batch.first_text} to {last}, in {dtype}{advice}"
+    return f"the activations are not finite at {point}, texts {batch.first_text} to {last}, in {dtype}{advice}"

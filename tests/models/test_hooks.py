@@ -120,6 +120,7 @@ USES = {
     "defect_eigenvalues": lambda model: sd_lens.defect_eigenvalues(model, torch.ones(32), progress=False),
     "forecast": lambda model: sd_lens.forecast(model, score_layer=1, progress=False),
     "predict_norms": lambda model: sd_lens.predict_norms(model, torch.ones(model.cfg.d_model), 5.0, 0, progress=False),
+    "capture_linear_maps": lambda model: sd_lens.capture_linear_maps(model, [TOKENS] * 4, progress=False),
     "observe_behaviour": lambda model: sd_lens.observe_behaviour(model, [TOKENS], progress=False),
     "attribute": lambda model: sd_lens.attribute(model, TOKENS[0], 2),
     "attribute_corpus": lambda model: sd_lens.attribute_corpus(model, TOKENS, 2, verify_tokens=1, progress=False),
