@@ -26,7 +26,8 @@ from sd_lens.linear.approximations import (
     name_of,
 )
 from sd_lens.linear.spectra import LeadingTriples, leading_triples
-from sd_lens.models.blocks import BlockWeights, wanted_blocks
+from sd_lens.models.blocks import BlockWeights, wanted_blocks, wanted_layers
+from sd_lens.models.checkpoints import open_checkpoint
 from sd_lens.storage import load_result, save_result
 
 MEANINGFUL_GAP = 1.05
@@ -166,10 +167,12 @@ def singular_defects(
     """Leading singular triples of L, A and F of every block, from the weights alone.
 
     No text is run, and no `d_model x d_model` matrix is built (but by `"sampled"`). Computed on the
-    model's device, in float32 (float64 for float64 weights).
+    model's device, in float32 (float64 for float64 weights). Of a folder, no model is made: its blocks are read one
+    after the other in their stored dtype, so that no more than one of them is in memory; the CPU computes.
 
     Args:
-        model: a `HookedTransformer` or `TransformerBridge`, folded or not.
+        model: a `HookedTransformer` or `TransformerBridge`, folded or not; or a folder in Hugging Face's layout with
+            safetensors.
         layers: 0-based blocks; all by default.
         linearization: of the MLP: `"gaussian"`, the closed form, or `"sampled"`, the paper's estimator; or a
             `Jacobian` or `Captured`, which replaces A too. docs/linearizations.md says which is for what.
@@ -183,6 +186,7 @@ def singular_defects(
 
     Raises:
         InputError: for blocks that do not exist, or an unknown linearization or convention.
+        ModelLoadError: for a folder that is missing, or lacks its configuration, a file of weights or a tensor.
         NotSupportedError: for an architecture or activation that is not covered.
         NumericalError: for weights that are not finite, or an iteration that does not converge.
 
@@ -191,25 +195,50 @@ def singular_defects(
 
     Source: Wang et al. 2025, section 3; the closed form is derived in docs/closed_form.md.
     """
-    blocks = wanted_blocks(model, layers)
-    found: dict[str, list[LeadingTriples]] = {part: [] for part in _PARTS}
-    for block in tqdm(blocks, desc="singular defects", unit="block", disable=not progress, leave=False):
+
+    def analysed(block: BlockWeights) -> _Analysis:
         A, F = block_parts(
             block, linearization, convention=convention, centered=centered, n_samples=n_samples, seed=seed
         )
-        for part, M in (("block", block_map(A, F, parallel=block.parallel)), ("attention", A), ("ffn", F)):
-            found[part].append(leading_triples(M, tol=tol, seed=seed))
+        L = block_map(A, F, parallel=block.parallel)
+        block_triples, attention, ffn = (leading_triples(M, tol=tol, seed=seed) for M in (L, A, F))
+        return _Analysis(block_triples, attention, ffn, has_gain=_has_gain(block))
+
+    name, wanted, blocks = _source(model, layers)
+    # Mapped, because a loop would hold each block until it has the next.
+    bar = tqdm(map(analysed, blocks), "singular defects", len(wanted), unit="block", disable=not progress, leave=False)
+    found = list(bar)
     result = SingularDefects(
-        layers=tuple(block.layer for block in blocks),
-        block=_stacked(found["block"]),
-        attention=_stacked(found["attention"]),
-        ffn=_stacked(found["ffn"]),
-        model_name=str(getattr(model.cfg, "model_name", "model")),
+        layers=wanted,
+        block=_stacked([analysis.block for analysis in found]),
+        attention=_stacked([analysis.attention for analysis in found]),
+        ffn=_stacked([analysis.ffn for analysis in found]),
+        model_name=name,
         linearization=name_of(linearization),
-        convention=convention if any(map(_has_gain, blocks)) else "pre-gain",
+        convention=convention if any(analysis.has_gain for analysis in found) else "pre-gain",
     )
     _warn_of_small_gaps(result)
     return result
+
+
+@dataclass(frozen=True, eq=False)
+class _Analysis:
+    """The triples of one block's maps, and whether its norm before the MLP does more than normalize."""
+
+    block: LeadingTriples
+    attention: LeadingTriples
+    ffn: LeadingTriples
+    has_gain: bool
+
+
+def _source(model: Any, layers: Iterable[int] | None) -> tuple[str, tuple[int, ...], Iterable[BlockWeights]]:
+    """The name of a model in memory or on disk, which of its blocks are wanted, and these."""
+    if isinstance(model, str | Path):
+        checkpoint = open_checkpoint(model)
+        wanted = wanted_layers(checkpoint.n_layers, layers)
+        return checkpoint.name, wanted, checkpoint.blocks(wanted)
+    blocks = wanted_blocks(model, layers)
+    return str(getattr(model.cfg, "model_name", "model")), tuple(block.layer for block in blocks), blocks
 
 
 def _stacked(triples: list[LeadingTriples]) -> SingularTriples:

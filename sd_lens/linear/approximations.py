@@ -225,7 +225,7 @@ def _column_products(
     """`<N^T w_j, N^T u_j>` for every neuron j, accumulated in float64, a slice of neurons at a time."""
     result = []
     through: Callable[[Tensor], Tensor] = (lambda x: x) if N is None else (lambda x: N.T @ x)
-    for w, u in zip(W.split(1024, dim=1), U.split(1024, dim=1), strict=True):
+    for w, u in zip(W.split(256, dim=1), U.split(256, dim=1), strict=True):
         dtype = computing_dtype(W.dtype)
         result.append((through(w.to(dtype)).double() * through(u.to(dtype)).double()).sum(dim=0))
     return torch.cat(result)

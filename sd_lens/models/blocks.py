@@ -189,8 +189,31 @@ def check_layer(model: Any, layer: int) -> None:
     Raises:
         InputError: if not.
     """
-    if not 0 <= layer < model.cfg.n_layers:
-        raise InputError(f"block {layer} does not exist: the model has blocks 0 to {model.cfg.n_layers - 1}")
+    _check_index(layer, model.cfg.n_layers)
+
+
+def check_architecture(name: str) -> None:
+    """Whether the view covers an architecture.
+
+    Raises:
+        NotSupportedError: if not.
+    """
+    if name not in SUPPORTED:
+        raise NotSupportedError(f"not supported yet: {name}; supported are {', '.join(SUPPORTED)}")
+
+
+def wanted_layers(n_layers: int, layers: Iterable[int] | None) -> tuple[int, ...]:
+    """Some blocks, or all `n_layers` of them.
+
+    Raises:
+        InputError: if none is named, or one does not exist.
+    """
+    wanted = tuple(range(n_layers) if layers is None else layers)
+    if not wanted:
+        raise InputError("layers is empty: name at least one block")
+    for layer in wanted:
+        _check_index(layer, n_layers)
+    return wanted
 
 
 def wanted_blocks(model: Any, layers: Iterable[int] | None) -> list[BlockWeights]:
@@ -200,10 +223,12 @@ def wanted_blocks(model: Any, layers: Iterable[int] | None) -> list[BlockWeights
         InputError: if none is named, or one does not exist.
         NotSupportedError: as `block_weights`.
     """
-    wanted = range(model.cfg.n_layers) if layers is None else tuple(layers)
-    if not wanted:
-        raise InputError("layers is empty: name at least one block")
-    return [block_weights(model, layer) for layer in wanted]
+    return [block_weights(model, layer) for layer in wanted_layers(model.cfg.n_layers, layers)]
+
+
+def _check_index(layer: int, n_layers: int) -> None:
+    if not 0 <= layer < n_layers:
+        raise InputError(f"block {layer} does not exist: the model has blocks 0 to {n_layers - 1}")
 
 
 def _block(model: Any, layer: int) -> Any:
@@ -222,8 +247,8 @@ def _check_supported(model: Any, block: Any) -> None:
         raise NotSupportedError("not supported yet: mixture-of-experts MLPs")
     # Names last: they catch what no attribute shows, such as Granite's scaled residual writes.
     architecture = architecture_of(model)
-    if architecture is not None and architecture not in SUPPORTED:
-        raise NotSupportedError(f"not supported yet: {architecture}; supported are {', '.join(SUPPORTED)}")
+    if architecture is not None:
+        check_architecture(architecture)
     original = _original_config(model)
     if getattr(original, "do_layer_norm_before", True) is False:
         raise NotSupportedError("not supported yet: norms behind the residual sum (OPT-350m)")

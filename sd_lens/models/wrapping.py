@@ -47,16 +47,26 @@ def wrapped(hf_model: Any, tokenizer: Any | None, name: str, *, backend: Backend
 
 def _wrapped(hf_model: Any, tokenizer: Any | None, name: str, backend: Backend, folder: str) -> Any:
     if backend == "bridge":
-        return _bridge(hf_model, tokenizer, name)
+        return bridged(hf_model, tokenizer, name)
     try:
         return _hooked_transformer(hf_model, tokenizer, folder)
     except ModelLoadError:
         if backend == "auto":
-            return _bridge(hf_model, tokenizer, name)
+            return bridged(hf_model, tokenizer, name)
         raise
 
 
-def _bridge(hf_model: Any, tokenizer: Any | None, name: str) -> Any:
+def bridged(hf_model: Any, tokenizer: Any | None, name: str) -> Any:
+    """`hf_model` in a `TransformerBridge`, in place and where it is.
+
+    Args:
+        hf_model: a transformers causal language model.
+        tokenizer: one that TransformerLens can load anew, or None.
+        name: what to call the model.
+
+    Raises:
+        ModelLoadError: if TransformerLens cannot wrap the model.
+    """
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     hf_model.set_attn_implementation("eager")  # or attention patterns would not reach their hooks
