@@ -1,4 +1,4 @@
-"""Claim: `singular_defects` of a folder holds one block at a time: its peak stays below two blocks.
+"""Claim: `singular_defects` of a folder holds one block at a time: its peak stays below one and a half.
 
 Checkpoints of four random blocks of the shapes of real models, in bfloat16 (Gaussian weights of the usual size, with a
 planted direction, for a random matrix has no gap), over shards that cut through blocks; the vocabulary is small. The

@@ -227,7 +227,7 @@ def _column_products(
     through: Callable[[Tensor], Tensor] = (lambda x: x) if N is None else (lambda x: N.T @ x)
     for w, u in zip(W.split(256, dim=1), U.split(256, dim=1), strict=True):
         dtype = computing_dtype(W.dtype)
-        result.append((through(w.to(dtype)).double() * through(u.to(dtype)).double()).sum(dim=0))
+        result.append((through(w.to(dtype)) * through(u.to(dtype))).sum(dim=0, dtype=torch.float64))
     return torch.cat(result)
 
 

@@ -69,7 +69,7 @@ def test_the_stored_dtype_is_kept(tmp_path):
 
 def test_blocks_are_read_one_after_the_other(folder, monkeypatch):
     events = []
-    read, analyse = defects.open_checkpoint, defects.attention_map
+    read, analyse = defects.open_checkpoint, defects.block_parts
 
     def watched(source):
         checkpoint = read(source)
@@ -80,7 +80,7 @@ def test_blocks_are_read_one_after_the_other(folder, monkeypatch):
         return checkpoint
 
     monkeypatch.setattr(defects, "open_checkpoint", watched)
-    monkeypatch.setattr(defects, "attention_map", lambda *a, **k: events.append("analysed") or analyse(*a, **k))
+    monkeypatch.setattr(defects, "block_parts", lambda *a, **k: events.append("analysed") or analyse(*a, **k))
     singular_defects(folder, progress=False)
     assert events == ["read", "analysed"] * 3
 
