@@ -95,9 +95,9 @@ def in_a_process(measurement, name):
 
 def main():
     print(f"{torch.get_num_threads()} threads; page size {resource.getpagesize()}")
-    print(
-        f"{'':<14}{'weights':>14}{'MB':>8}{'seconds':>9}{'products':>10}{'MB more':>9}{'share':>8}{'sampled s':>11}{'MB more':>9}"
-    )
+    columns = (("weights", 14), ("MB", 8), ("seconds", 9), ("products", 10), ("MB more", 9), ("share", 8))
+    columns += (("sampled s", 11), ("MB more", 9))
+    print(" " * 14 + "".join(f"{title:>{width}}" for title, width in columns))
     points = []
     for name in SHAPES:
         seconds, products, weights, size, more = in_a_process(measure, name)
