@@ -4,9 +4,11 @@ import torch
 from sd_lens import Jacobian, defect_eigenvalues, predict_norms, singular_defects
 from sd_lens.errors import InputError, NumericalError
 from sd_lens.linear.jacobians import jacobian_maps
+from sd_lens.linear.lone_token import after_block
 from sd_lens.models.blocks import block_weights
 from sd_lens.models.hooks import run_with_hooks
 from tests import planted, tiny
+from tests.explanations.test_defects import folded
 
 U = torch.randn(32, generator=torch.Generator().manual_seed(1))
 
@@ -26,10 +28,27 @@ def test_the_exact_norms_are_those_of_the_running_model(tiny_model):
     assert found.linear[:2].tolist() == pytest.approx([40, norms[1]], rel=1e-4)  # the tangent's own point
 
 
+def test_a_folded_model_predicts_the_same(backend):
+    plain, fold = (tiny.wrap(tiny.llama(), backend) for _ in range(2))
+    one, other = (predict_norms(model, U, 40.0, 0, progress=False) for model in (plain, folded(fold)))
+    for name in ("linear", "exact"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_folded_models_lone_token_is_the_running_models(family, backend):
+    model = folded(tiny.wrap(tiny.family(family), backend))
+    seen = {}
+    names = ("blocks.1.hook_resid_pre", "blocks.1.hook_resid_post")
+    run_with_hooks(
+        model, torch.arange(5, 12)[:, None], {n: lambda x, n=n: seen.__setitem__(n, x[:, 0].clone()) for n in names}
+    )
+    found = after_block(block_weights(model, 1), seen[names[0]])
+    torch.testing.assert_close(found, seen[names[1]], rtol=0, atol=1e-4 * float(seen[names[1]].abs().max()))
+
+
 def test_the_linear_picture_is_the_tangent_at_the_direction(tiny_llama):
     """Its second block by hand: f(p) + f'(p)(x - p), p the part of x along the direction; f' by autograd."""
-    from sd_lens.linear.lone_token import after_block
-
     found = predict_norms(tiny_llama, U, 40.0, 0, progress=False)
     u = U / U.norm()
     x = after_block(block_weights(tiny_llama, 1), 40 * u[None])[0]

@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from sd_lens import default_texts, find_high_norm_tokens, forecast, load_model, predict_norms, singular_defects
+from sd_lens import (
+    Jacobian,
+    capture_linear_maps,
+    default_texts,
+    defect_eigenvalues,
+    find_high_norm_tokens,
+    forecast,
+    load_model,
+    predict_norms,
+    singular_defects,
+)
 from sd_lens.linear.angles import acute_angles
 from sd_lens.models.hooks import residual_stream_points, run_with_hooks
 from sd_lens.models.loading import _dequantise, _from_folder
@@ -145,3 +155,19 @@ def test_predicted_norms_are_those_observed_to_the_end(smollm2, found, forecaste
     predicted = predict_norms(smollm2, forecasted.direction, float(forecasted.norms[11]), 11, progress=False)
     assert predicted.decay_layers == (28, 29)
     assert predicted.to_dataframe(found.initial.median).log_error.abs().max() < 0.05
+
+
+def test_the_captured_map_has_the_sign_of_the_decay_and_the_jacobian_no_eigenvalue(smollm2, found):
+    """Where the Gaussian map's eigenvalue is large and positive: docs/linearizations.md."""
+    captured = capture_linear_maps(smollm2, default_texts(), [28], progress=False)
+    predicted = predict_norms(smollm2, found.direction, float(found.initial.median[11]), 11, progress=False)
+    at = Jacobian(predicted.streams, predicted.layers[1:])
+    gaussian, fitted, local = (
+        defect_eigenvalues(smollm2, found.direction, [28], linearization, progress=False)
+        for linearization in ("gaussian", captured, at)
+    )
+    assert float(gaussian.eigenvalue.real) > 100
+    assert -1 < float(fitted.eigenvalue.real) < -0.3
+    assert float(fitted.angle) < 15
+    assert abs(complex(local.eigenvalue)) < 0.01
+    assert float(predicted.rate[28 - 11]) < -0.5
