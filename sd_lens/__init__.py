@@ -25,6 +25,7 @@ from sd_lens.explanations.forecast import Forecast, forecast
 from sd_lens.explanations.interventions import ablated
 from sd_lens.explanations.patching import Patching, patch
 from sd_lens.explanations.prediction import PredictedNorms, predict_norms
+from sd_lens.explanations.spectra import SingularSpectra, singular_spectra
 from sd_lens.explanations.sweep import AblationSweep, sweep_ablations
 from sd_lens.linear.captured import Captured
 from sd_lens.linear.jacobians import Jacobian
@@ -56,6 +57,7 @@ __all__ = [
     "Patching",
     "PredictedNorms",
     "SingularDefects",
+    "SingularSpectra",
     "SingularTriples",
     "SourceAttribution",
     "TextNorms",
@@ -80,6 +82,7 @@ __all__ = [
     "read_texts",
     "scan_norms",
     "singular_defects",
+    "singular_spectra",
     "sweep_ablations",
     "verify",
     "write_report",

@@ -2,7 +2,8 @@
 
 from sd_lens.figures.attribution import contribution_heatmap, contribution_waterfall, neuron_bars, source_map
 from sd_lens.figures.decay import eigenvalues
-from sd_lens.figures.defects import direction_angles, singular_values
+from sd_lens.figures.defects import direction_angles, singular_spectra, singular_values
+from sd_lens.figures.forecast import forecast_norms, predicted_norms
 from sd_lens.figures.interventions import ablation_heatmap, faithfulness_scatter, patching_heatmap
 from sd_lens.figures.norms import layer_norms, norm_heatmap, norm_surface
 
@@ -13,11 +14,14 @@ __all__ = [
     "direction_angles",
     "eigenvalues",
     "faithfulness_scatter",
+    "forecast_norms",
     "layer_norms",
     "neuron_bars",
     "norm_heatmap",
     "norm_surface",
     "patching_heatmap",
+    "predicted_norms",
+    "singular_spectra",
     "singular_values",
     "source_map",
 ]

@@ -42,7 +42,7 @@ def eigenvalues(
     figure.update_xaxes(title_text="block (0-based)")
     figure.update_layout(
         yaxis2={"title": {"text": "angle (degrees)"}, "overlaying": "y", "side": "right", "range": [0, 92],
-                "showgrid": False},
+                "showgrid": False, "tickmode": "linear", "tick0": 0, "dtick": 15},
         legend={"orientation": "h", "y": -0.18}, margin={"t": 110, "r": 70},
     )  # fmt: skip
     mark_layers(figure, explosion_layers, decay_layers)

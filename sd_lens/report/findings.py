@@ -28,7 +28,7 @@ def findings(found: HighNormTokens, defects: SingularDefects) -> list[str]:
 
 def _corpus(found: HighNormTokens) -> str:
     scan = found.scan
-    first = ", ".join(f"{_quoted(t)} ({n}x)" if n > 1 else _quoted(t) for t, n in list(scan.initial_tokens.items())[:5])
+    first = ", ".join(f"{quoted(t)} ({n}x)" if n > 1 else quoted(t) for t, n in list(scan.initial_tokens.items())[:5])
     cut = f"; {scan.n_truncated} of the texts were cut to the longest length" if scan.n_truncated else ""
     more = " and others" if len(scan.initial_tokens) > 5 else ""
     return (
@@ -59,7 +59,7 @@ def _strongest_block(defects: SingularDefects) -> str:
 def _tokens(found: HighNormTokens) -> str:
     others = found.table[found.table.position > 0].drop_duplicates(["text", "position"])
     common = others.token.value_counts().head(5)
-    which = ", ".join(f"{_quoted(str(token))} ({count}x)" for token, count in common.items())
+    which = ", ".join(f"{quoted(str(token))} ({count}x)" for token, count in common.items())
     return (
         f"Exploding norms: {found.initial.n_tokens:,} of {found.scan.n_texts:,} initial tokens, and "
         f"{found.non_initial.n_tokens:,} tokens at other positions" + (f", most often {which}." if which else ".")
@@ -67,8 +67,8 @@ def _tokens(found: HighNormTokens) -> str:
 
 
 def _layers(found: HighNormTokens) -> str:
-    explosions = _named(found.explosion_layers) or "no single block"
-    decays = _named(found.decay_layers) or "no single block"
+    explosions = named_blocks(found.explosion_layers) or "no single block"
+    decays = named_blocks(found.decay_layers) or "no single block"
     return f"The norm explodes in {explosions} and decays in {decays} (0-based)."
 
 
@@ -118,11 +118,12 @@ def _angles(found: HighNormTokens, defects: SingularDefects) -> list[str]:
     return sentences
 
 
-def _quoted(token: str) -> str:
+def quoted(token: str) -> str:
+    """A token for a sentence, HTML-escaped."""
     return f"'{shown_token(token)}'"
 
 
-def _named(layers: Sequence[int]) -> str:
+def named_blocks(layers: Sequence[int]) -> str:
     """`block 2`, or `blocks 2, 11 and 28`; empty for none."""
     if not layers:
         return ""

@@ -12,11 +12,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sd_lens import figures
+from sd_lens.errors import NumericalError
+from sd_lens.explanations.decay import defect_eigenvalues
 from sd_lens.explanations.defects import SingularDefects, singular_defects
+from sd_lens.explanations.forecast import Forecast, forecast
 from sd_lens.explanations.origins import NormOrigin, norm_origins
+from sd_lens.explanations.prediction import PredictedNorms, predict_norms
 from sd_lens.observations.high_norm import HighNormTokens, find_high_norm_tokens
 from sd_lens.observations.texts import Texts, default_texts, resolved_prepend_bos, token_rows
 from sd_lens.report.findings import findings
+from sd_lens.report.forecasts import Forecasts, forecast_figures, forecast_sentences
 from sd_lens.report.origins import origin_figures, origin_sentences
 from sd_lens.report.page import Page
 from sd_lens.storage import written_whole
@@ -61,8 +66,11 @@ def write_report(
             model, _remembered(rows, first, min(max_length or model.cfg.n_ctx, model.cfg.n_ctx)), threshold,
             prepend_bos=resolved_prepend_bos(model, prepend_bos), max_length=max_length, progress=progress,
         )  # fmt: skip
+        forecasts = _forecasts(model, found, progress)
         origins = norm_origins(model, found, first, progress=progress)
-        sentences = [*findings(found, defects), *origin_sentences(origins)]
+        sentences = [
+            *findings(found, defects), *forecast_sentences(found, forecasts), *origin_sentences(origins)
+        ]  # fmt: skip
         settings = _settings(model, found, defects, threshold)
         settings["texts"] = texts_name or ("the package's default passages" if texts is None else "given")
         page = Page(
@@ -70,7 +78,7 @@ def write_report(
             subtitle=f"{model.cfg.n_layers} blocks, numbered from 0; width {model.cfg.d_model}. "
             "Norms are Euclidean norms of the residual stream after a block.",
             findings=sentences,
-            figures=_figures(found, defects, origins),
+            figures=_figures(found, defects, forecasts, origins),
             tokens=found.table,
             settings=settings,
         )
@@ -88,8 +96,29 @@ def _remembered(
         yield row
 
 
+def _forecasts(model: Any, found: HighNormTokens, progress: bool) -> Forecasts:
+    foretold = forecast(model, progress=progress)
+    predicted = _behind_explosion(model, foretold, progress)
+    if found.direction is None:
+        return Forecasts(foretold, predicted, None)
+    try:
+        eigenvalues = defect_eigenvalues(model, found.direction, progress=progress)
+    except NumericalError as error:  # an iteration that does not converge: the rest of the report stands without it
+        return Forecasts(foretold, predicted, None, str(error))
+    return Forecasts(foretold, predicted, eigenvalues)
+
+
+def _behind_explosion(model: Any, foretold: Forecast, progress: bool) -> PredictedNorms | None:
+    """Norms behind the forecast's last explosion that has blocks behind it."""
+    explosions = [layer for layer in foretold.explosion_layers if layer < model.cfg.n_layers - 1]
+    if foretold.direction is None or not explosions:
+        return None
+    norm = float(foretold.norms[explosions[-1]])
+    return predict_norms(model, foretold.direction, norm, explosions[-1], progress=progress)
+
+
 def _figures(
-    found: HighNormTokens, defects: SingularDefects, origins: Sequence[NormOrigin]
+    found: HighNormTokens, defects: SingularDefects, forecasts: Forecasts, origins: Sequence[NormOrigin]
 ) -> Sequence[tuple[str, Any]]:
     shown = [
         ("Largest and median norms per block. Dashes: the threshold above which a norm counts as high.",
@@ -105,6 +134,7 @@ def _figures(
             decay_layers=found.decay_layers,
         )
         shown.insert(1, ("Small angles: the weights alone predict the direction of the high-norm tokens.", angles))
+    shown += forecast_figures(found, forecasts)
     shown += origin_figures(origins)
     for text in found.scan.samples[:1]:
         shown += [

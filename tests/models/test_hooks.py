@@ -117,6 +117,7 @@ USES = {
     "scan_norms": lambda model: scan_norms(model, [TOKENS], progress=False),
     "find_high_norm_tokens": lambda model: find_high_norm_tokens(model, [TOKENS], progress=False),
     "singular_defects": lambda model: singular_defects(model, progress=False),
+    "singular_spectra": lambda model: sd_lens.singular_spectra(model, k=3, progress=False),
     "defect_eigenvalues": lambda model: sd_lens.defect_eigenvalues(model, torch.ones(32), progress=False),
     "forecast": lambda model: sd_lens.forecast(model, score_layer=1, progress=False),
     "predict_norms": lambda model: sd_lens.predict_norms(model, torch.ones(model.cfg.d_model), 5.0, 0, progress=False),
