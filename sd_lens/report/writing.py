@@ -18,6 +18,7 @@ from sd_lens.explanations.defects import SingularDefects, singular_defects
 from sd_lens.explanations.forecast import Forecast, forecast
 from sd_lens.explanations.origins import NormOrigin, norm_origins
 from sd_lens.explanations.prediction import PredictedNorms, predict_norms
+from sd_lens.explanations.spectra import SingularSpectra, singular_spectra
 from sd_lens.observations.high_norm import HighNormTokens, find_high_norm_tokens
 from sd_lens.observations.texts import Texts, default_texts, resolved_prepend_bos, token_rows
 from sd_lens.report.findings import findings
@@ -66,6 +67,7 @@ def write_report(
             model, _remembered(rows, first, min(max_length or model.cfg.n_ctx, model.cfg.n_ctx)), threshold,
             prepend_bos=resolved_prepend_bos(model, prepend_bos), max_length=max_length, progress=progress,
         )  # fmt: skip
+        spectra = singular_spectra(model, k=min(8, model.cfg.d_model), progress=progress)
         forecasts = _forecasts(model, found, progress)
         origins = norm_origins(model, found, first, progress=progress)
         sentences = [
@@ -78,7 +80,7 @@ def write_report(
             subtitle=f"{model.cfg.n_layers} blocks, numbered from 0; width {model.cfg.d_model}. "
             "Norms are Euclidean norms of the residual stream after a block.",
             findings=sentences,
-            figures=_figures(found, defects, forecasts, origins),
+            figures=_figures(found, defects, spectra, forecasts, origins),
             tokens=found.table,
             settings=settings,
         )
@@ -118,13 +120,19 @@ def _behind_explosion(model: Any, foretold: Forecast, progress: bool) -> Predict
 
 
 def _figures(
-    found: HighNormTokens, defects: SingularDefects, forecasts: Forecasts, origins: Sequence[NormOrigin]
+    found: HighNormTokens,
+    defects: SingularDefects,
+    spectra: SingularSpectra,
+    forecasts: Forecasts,
+    origins: Sequence[NormOrigin],
 ) -> Sequence[tuple[str, Any]]:
     shown = [
         ("Largest and median norms per block. Dashes: the threshold above which a norm counts as high.",
          figures.layer_norms(found)),
         ("Leading singular values of each block's linear map L = (I + F)(I + A), and of its parts.",
          figures.singular_values(defects)),
+        ("Where the first value stands above the others, the block has a direction of its own.",
+         figures.singular_spectra(spectra)),
     ]  # fmt: skip
     if found.direction is not None:
         angles = figures.direction_angles(
