@@ -71,8 +71,9 @@ def forecast_figures(found: HighNormTokens, forecasts: Forecasts) -> list[tuple[
         )  # fmt: skip
     if forecasts.eigenvalues is not None:
         shown.append(
-            ("How each block's residual step R = L - I acts on the observed direction: the eigenvalue whose "
-             "eigenvector is nearest. Where it is far from the direction, it says nothing about it.",
+            ("How each block's residual step R = L - I acts on the observed direction, by the Gaussian maps: the "
+             "eigenvalue whose eigenvector is nearest. Where it is far from the direction, it says nothing about it; "
+             "and under a gated MLP its sign can be wrong, unlike that of the local eigenvalues.",
              figures.eigenvalues(
                  forecasts.eigenvalues, explosion_layers=found.explosion_layers, decay_layers=found.decay_layers
              )),
