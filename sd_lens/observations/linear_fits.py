@@ -36,9 +36,9 @@ def capture_linear_maps(
 
     The fits have no intercept, like the paper's on random inputs, and are not weighted. A token whose norm is a
     hundred times larger enters the normal equations with ten thousand times the weight: near its direction, the fits
-    are those of the high-norm tokens, whatever the others do there. In the block of SmolLM2 that makes the explosion,
-    F misses 0.3 % of the squared length of what the MLP writes at high-norm tokens, and at the others sixty times
-    what it writes.
+    are those of the high-norm tokens, whatever the others do there. In the block of SmolLM2 that makes the explosion, F
+    misses 0.3 % of the squared length of what the MLP writes at high-norm tokens, and at the others many times what it
+    writes (docs/linearizations.md measures it).
 
     Where norms stand behind attention and MLP (Gemma 2, 3), their scale is part of what is fitted: norm and neurons
     are divided by the scale of their write in this run. Attention's is that of a token among the others, although A
