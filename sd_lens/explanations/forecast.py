@@ -106,7 +106,7 @@ def forecast(
     untrained = lengths < UNTRAINED * lengths.mean()
     probes = torch.randn(n_probes, model.cfg.d_model, generator=torch.Generator().manual_seed(seed), dtype=dtype)
     probes = probes / probes.norm(dim=1, keepdim=True) * float(lengths[~untrained].mean())
-    initial, ordinary, direction = _follow(blocks, probes.to(blocks[0].W_in.device), progress)
+    initial, norms, ordinary, direction = _follow(blocks, probes.to(blocks[0].W_in.device), progress)
     if score_layer is None and initial.explosion_layers:
         score_layer = initial.explosion_layers[0]
     scores = torch.full((2, len(ids)), torch.nan, dtype=torch.float64)
@@ -116,7 +116,7 @@ def forecast(
         explosion_layers=initial.explosion_layers,
         decay_layers=initial.decay_layers,
         direction=direction,
-        norms=initial.median,
+        norms=norms,
         ordinary_norms=ordinary,
         score_layer=score_layer,
         vocabulary=pd.DataFrame(
@@ -147,8 +147,8 @@ def _without_attention(block: BlockWeights, x: Tensor) -> Tensor:
 
 def _follow(
     blocks: list[BlockWeights], probes: Tensor, progress: bool
-) -> tuple[TokenGroup, Float64[Tensor, " layer"], Float64[Tensor, " d_model"] | None]:
-    """The probes on the initial path as a group, ordinary medians, and the direction of their high-norm states."""
+) -> tuple[TokenGroup, Float64[Tensor, " layer"], Float64[Tensor, " layer"], Float64[Tensor, " d_model"] | None]:
+    """The exploding probes as a group, medians on both paths, and the direction of the high-norm states."""
     lone, plain = probes, probes
     states, ordinary = [lone], [plain.double().norm(dim=1)]
     for block in tqdm(blocks, desc="forecast", unit="block", disable=not progress, leave=False):
@@ -167,7 +167,7 @@ def _follow(
         (state.double().cpu()[high].sum(dim=0) for state, high in zip(states[1:], is_high[1:], strict=True)),
         start=torch.zeros(probes.shape[1], dtype=torch.float64),
     )
-    return group, medians[1:], total / total.norm() if bool(ever.any()) else None
+    return group, norms[1:].quantile(0.5, dim=1), medians[1:], total / total.norm() if bool(ever.any()) else None
 
 
 def _thresholds(norms: Float64[Tensor, "point n"], plain: Float64[Tensor, "point n"]) -> Float64[Tensor, " point"]:

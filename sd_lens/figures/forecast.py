@@ -28,7 +28,7 @@ def forecast_norms(forecast: Forecast, observed: Float64[Tensor, " n_layers"] | 
     """Norms on the initial path and ordinary norms, from the weights alone; with `observed`, those of a run.
 
     Args:
-        forecast: its explosion and decay blocks are marked; without an explosion only ordinary norms are drawn.
+        forecast: its explosion and decay blocks are marked.
         observed: norms after every block of the model, such as `found.initial.median`.
 
     Raises:
@@ -45,7 +45,7 @@ def forecast_norms(forecast: Forecast, observed: Float64[Tensor, " n_layers"] | 
         ("forecast, initial path", forecast.norms, VERMILION, "dash"),
         ("forecast, ordinary norms", forecast.ordinary_norms, BLUE, "dot"),
     ):
-        if norms is not None and bool((norms > 0).any()):
+        if norms is not None:
             _add_norms(figure, range(n_layers), norms.tolist(), name, colour, dash)
     _style_norm_axes(figure)
     mark_layers(figure, forecast.explosion_layers, forecast.decay_layers)

@@ -41,10 +41,10 @@ def test_forecast_norms_are_the_results_on_a_logarithm():
     assert {a.text for a in figure.layout.annotations} == {"explosion 1", "decay 3"}
 
 
-def test_a_forecast_without_explosion_shows_ordinary_norms_alone():
-    none = replace(FORECAST, explosion_layers=(), decay_layers=(), direction=None, norms=torch.zeros(4).double())
+def test_a_forecast_without_explosion_marks_no_block():
+    none = replace(FORECAST, explosion_layers=(), decay_layers=(), direction=None)
     figure = figures.forecast_norms(none)
-    assert list(curves(figure)) == ["forecast, ordinary norms"]
+    assert list(curves(figure)) == ["forecast, initial path", "forecast, ordinary norms"]
     assert not figure.layout.annotations
 
 
