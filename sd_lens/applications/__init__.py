@@ -1,0 +1,1 @@
+"""What the explanations are good for: quantization that spares the right layers, and signatures of models."""
