@@ -11,6 +11,7 @@ from sd_lens import errors, figures
 from sd_lens.explanations.ablation import Ablation, ablate
 from sd_lens.explanations.attribution import Attribution, Faithfulness, attribute
 from sd_lens.explanations.components import Component
+from sd_lens.explanations.contexts import ExplosionInContext, explosion_in_context
 from sd_lens.explanations.corpus import CorpusAttribution, attribute_corpus
 from sd_lens.explanations.decay import DefectEigenvalues, defect_eigenvalues
 from sd_lens.explanations.defects import SingularDefects, SingularTriples, singular_defects
@@ -20,12 +21,14 @@ from sd_lens.explanations.drilling import (
     attribute_neurons,
     attribute_sources,
 )
+from sd_lens.explanations.explosion import ExplosionPath, explosion_path
 from sd_lens.explanations.faithfulness import verify
 from sd_lens.explanations.forecast import Forecast, forecast
 from sd_lens.explanations.interventions import ablated
 from sd_lens.explanations.patching import Patching, patch
 from sd_lens.explanations.prediction import PredictedNorms, predict_norms
 from sd_lens.explanations.spectra import SingularSpectra, singular_spectra
+from sd_lens.explanations.subspace import ExplosionSubspace, explosion_subspace
 from sd_lens.explanations.sweep import AblationSweep, sweep_ablations
 from sd_lens.linear.captured import Captured
 from sd_lens.linear.jacobians import Jacobian
@@ -48,6 +51,9 @@ __all__ = [
     "Component",
     "CorpusAttribution",
     "DefectEigenvalues",
+    "ExplosionInContext",
+    "ExplosionPath",
+    "ExplosionSubspace",
     "Faithfulness",
     "Forecast",
     "HighNormTokens",
@@ -72,6 +78,9 @@ __all__ = [
     "default_texts",
     "defect_eigenvalues",
     "errors",
+    "explosion_in_context",
+    "explosion_path",
+    "explosion_subspace",
     "figures",
     "find_high_norm_tokens",
     "forecast",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -18,15 +18,16 @@ from sd_lens.linear.lone_token import after_block, lone_attention, mlp_input, ml
 from sd_lens.linear.maps import computing_dtype
 from sd_lens.linear.spectra import leading_triples
 from sd_lens.models.blocks import BlockWeights, check_layer, wanted_blocks
-from sd_lens.models.hooks import run_with_hooks
 from sd_lens.observations.high_norm import TokenGroup, growth_of, token_group
 from sd_lens.observations.histograms import NormHistogram, norm_gaps
 from sd_lens.observations.texts import token_strings
-
-UNTRAINED = 0.1
-"""Tokens whose embedding is shorter than this share of the mean are left out of means and ranks (Wang et al. 2025)."""
-
-_TOKENS_AT_ONCE = 2048
+from sd_lens.observations.vocabulary import (
+    TOKENS_AT_ONCE,
+    embedding_norms,
+    embeddings,
+    is_untrained,
+    random_embeddings,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,12 +101,9 @@ def forecast(
     blocks = wanted_blocks(model, None)
     dtype = computing_dtype(blocks[0].W_in.dtype)
     ids = torch.arange(model.cfg.d_vocab)
-    lengths = torch.cat(
-        [_embeddings(model, part, dtype).double().norm(dim=1).cpu() for part in ids.split(_TOKENS_AT_ONCE)]
-    )
-    untrained = lengths < UNTRAINED * lengths.mean()
-    probes = torch.randn(n_probes, model.cfg.d_model, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-    probes = probes / probes.norm(dim=1, keepdim=True) * float(lengths[~untrained].mean())
+    lengths = embedding_norms(model)
+    untrained = is_untrained(lengths)
+    probes = random_embeddings(n_probes, model.cfg.d_model, float(lengths[~untrained].mean()), dtype, seed=seed)
     initial, norms, ordinary, direction = _follow(blocks, probes.to(blocks[0].W_in.device), progress)
     if score_layer is None and initial.explosion_layers:
         score_layer = initial.explosion_layers[0]
@@ -132,13 +130,6 @@ def forecast(
         n_probes=n_probes,
         model_name=str(getattr(model.cfg, "model_name", "model")),
     )
-
-
-def _embeddings(model: Any, ids: Tensor, dtype: torch.dtype) -> Float[Tensor, "token d_model"]:
-    """The streams in front of block 0 of one-token texts."""
-    seen: list[Tensor] = []
-    run_with_hooks(model, ids[:, None], {"blocks.0.hook_resid_pre": lambda x: seen.append(x[:, 0].to(dtype))})
-    return seen[0]
 
 
 def _without_attention(block: BlockWeights, x: Tensor) -> Tensor:
@@ -200,7 +191,7 @@ def _scores(
     paths: tuple[Callable[[Tensor], Tensor], ...] = (initial, non_initial)
     found = [
         torch.stack([side * path(x) for path in paths]).double().cpu()
-        for part in tqdm(ids.split(_TOKENS_AT_ONCE), desc="vocabulary", unit="part", disable=not progress, leave=False)
-        for x in (_embeddings(model, part, probes.dtype),)
+        for part in tqdm(ids.split(TOKENS_AT_ONCE), desc="vocabulary", unit="part", disable=not progress, leave=False)
+        for x in (embeddings(model, part, probes.dtype),)
     ]
     return torch.cat(found, dim=1)

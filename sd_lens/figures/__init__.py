@@ -3,12 +3,23 @@
 from sd_lens.figures.attribution import contribution_heatmap, contribution_waterfall, neuron_bars, source_map
 from sd_lens.figures.decay import eigenvalues
 from sd_lens.figures.defects import direction_angles, singular_spectra, singular_values
+from sd_lens.figures.explosion import (
+    coefficient_distributions,
+    coefficient_sources,
+    context_norms,
+    subspace_curve,
+    subspace_dimensions,
+    vocabulary_scatter,
+)
 from sd_lens.figures.forecast import forecast_norms, predicted_norms
 from sd_lens.figures.interventions import ablation_heatmap, faithfulness_scatter, patching_heatmap
 from sd_lens.figures.norms import layer_norms, norm_heatmap, norm_surface
 
 __all__ = [
     "ablation_heatmap",
+    "coefficient_distributions",
+    "coefficient_sources",
+    "context_norms",
     "contribution_heatmap",
     "contribution_waterfall",
     "direction_angles",
@@ -24,4 +35,7 @@ __all__ = [
     "singular_spectra",
     "singular_values",
     "source_map",
+    "subspace_curve",
+    "subspace_dimensions",
+    "vocabulary_scatter",
 ]

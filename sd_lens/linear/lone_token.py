@@ -42,7 +42,11 @@ def mlp_input(block: BlockWeights, x: Streams) -> Streams:
 
 def mlp_write(block: BlockWeights, x: Streams) -> Streams:
     """What the MLP writes, from the streams that it reads."""
-    x = mlp_input(block, x)
+    return mlp_output(block, mlp_input(block, x))
+
+
+def mlp_output(block: BlockWeights, x: Streams) -> Streams:
+    """What the MLP writes, from the inputs of its neurons, behind the norm in front of it."""
     act = activation_function(block.act_fn)
     linear = _plus(x @ block.W_in.to(x.dtype), block.b_in)
     neurons = act(linear) if block.W_gate is None else linear * act(_plus(x @ block.W_gate.to(x.dtype), block.b_gate))
