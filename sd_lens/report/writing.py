@@ -8,19 +8,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from sd_lens import figures
-from sd_lens.errors import NumericalError
+from sd_lens.errors import InputError, NumericalError
+from sd_lens.explanations.contexts import explosion_in_context
 from sd_lens.explanations.decay import defect_eigenvalues
 from sd_lens.explanations.defects import SingularDefects, singular_defects
+from sd_lens.explanations.explosion import explosion_path
 from sd_lens.explanations.forecast import Forecast, forecast
 from sd_lens.explanations.origins import NormOrigin, norm_origins
 from sd_lens.explanations.prediction import PredictedNorms, predict_norms
 from sd_lens.explanations.spectra import SingularSpectra, singular_spectra
+from sd_lens.explanations.subspace import explosion_subspace
 from sd_lens.observations.high_norm import HighNormTokens, find_high_norm_tokens
 from sd_lens.observations.texts import Texts, default_texts, resolved_prepend_bos, token_rows
+from sd_lens.report.explosions import Explosion, explosion_figures, explosion_sentences
 from sd_lens.report.findings import findings
 from sd_lens.report.forecasts import Forecasts, forecast_figures, forecast_sentences
 from sd_lens.report.origins import origin_figures, origin_sentences
@@ -28,7 +33,10 @@ from sd_lens.report.page import Page
 from sd_lens.storage import written_whole
 
 _TEXTS_TO_EXPLAIN = 16
-"""Attribution and ablation look at so many of the first texts."""
+"""Attribution, ablation and paths look at so many of the first texts."""
+
+_TOKENS_TO_FOLLOW = 2048
+"""So many tokens of the vocabulary, drawn at random, are followed along the paths of an explosion."""
 
 
 def write_report(
@@ -69,9 +77,11 @@ def write_report(
         )  # fmt: skip
         spectra = singular_spectra(model, k=min(8, model.cfg.d_model), progress=progress)
         forecasts = _forecasts(model, found, progress)
+        explosions = _explosions(model, found, first, progress)
         origins = norm_origins(model, found, first, progress=progress)
         sentences = [
-            *findings(found, defects), *forecast_sentences(found, forecasts), *origin_sentences(origins)
+            *findings(found, defects), *forecast_sentences(found, forecasts), *explosion_sentences(explosions),
+            *origin_sentences(origins),
         ]  # fmt: skip
         settings = _settings(model, found, defects, threshold)
         settings["texts"] = texts_name or ("the package's default passages" if texts is None else "given")
@@ -80,7 +90,7 @@ def write_report(
             subtitle=f"{model.cfg.n_layers} blocks, numbered from 0; width {model.cfg.d_model}. "
             "Norms are Euclidean norms of the residual stream after a block.",
             findings=sentences,
-            figures=_figures(found, defects, spectra, forecasts, origins),
+            figures=_figures(found, defects, spectra, forecasts, explosions, origins),
             tokens=found.table,
             settings=settings,
         )
@@ -119,11 +129,29 @@ def _behind_explosion(model: Any, foretold: Forecast, progress: bool) -> Predict
     return predict_norms(model, foretold.direction, norm, explosions[-1], progress=progress)
 
 
+def _explosions(model: Any, found: HighNormTokens, first: Sequence[Tensor], progress: bool) -> list[Explosion]:
+    """How each observed explosion comes about, for tokens drawn from the vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randperm(model.cfg.d_vocab, generator=generator)[:_TOKENS_TO_FOLLOW]
+    explosions = []
+    for layer in found.explosion_layers:
+        subspace = explosion_subspace(model, layer, token_ids=ids, progress=progress)
+        try:
+            path = explosion_path(model, layer, token_ids=ids, progress=progress)
+        except InputError as error:  # an explosion that needs a context: no lone token has it
+            explosions.append(Explosion(layer, subspace, None, None, str(error)))
+            continue
+        context = explosion_in_context(model, path, first, progress=progress)
+        explosions.append(Explosion(layer, subspace, path, context))
+    return explosions
+
+
 def _figures(
     found: HighNormTokens,
     defects: SingularDefects,
     spectra: SingularSpectra,
     forecasts: Forecasts,
+    explosions: Sequence[Explosion],
     origins: Sequence[NormOrigin],
 ) -> Sequence[tuple[str, Any]]:
     shown = [
@@ -143,6 +171,7 @@ def _figures(
         )
         shown.insert(1, ("Small angles: the weights alone predict the direction of the high-norm tokens.", angles))
     shown += forecast_figures(found, forecasts)
+    shown += explosion_figures(explosions)
     shown += origin_figures(origins)
     for text in found.scan.samples[:1]:
         shown += [
