@@ -25,6 +25,7 @@ from sd_lens.explanations.forecast import Forecast, forecast
 from sd_lens.explanations.interventions import ablated
 from sd_lens.explanations.patching import Patching, patch
 from sd_lens.explanations.prediction import PredictedNorms, predict_norms
+from sd_lens.explanations.sinks import SinksWithout, sinks_without
 from sd_lens.explanations.spectra import SingularSpectra, singular_spectra
 from sd_lens.explanations.sweep import AblationSweep, sweep_ablations
 from sd_lens.linear.captured import Captured
@@ -34,6 +35,7 @@ from sd_lens.observations.behaviour import Behaviour, observe_behaviour
 from sd_lens.observations.high_norm import HighNormTokens, TokenGroup, find_high_norm_tokens
 from sd_lens.observations.linear_fits import capture_linear_maps
 from sd_lens.observations.norms import NormScan, TextNorms, scan_norms
+from sd_lens.observations.sinks import AttentionSinks, attention_sinks
 from sd_lens.observations.texts import default_texts, read_texts
 from sd_lens.report.writing import write_report
 
@@ -42,6 +44,7 @@ __version__ = version("sd_lens")
 __all__ = [
     "Ablation",
     "AblationSweep",
+    "AttentionSinks",
     "Attribution",
     "Behaviour",
     "Captured",
@@ -59,11 +62,13 @@ __all__ = [
     "SingularDefects",
     "SingularSpectra",
     "SingularTriples",
+    "SinksWithout",
     "SourceAttribution",
     "TextNorms",
     "TokenGroup",
     "ablate",
     "ablated",
+    "attention_sinks",
     "attribute",
     "attribute_corpus",
     "attribute_neurons",
@@ -83,6 +88,7 @@ __all__ = [
     "scan_norms",
     "singular_defects",
     "singular_spectra",
+    "sinks_without",
     "sweep_ablations",
     "verify",
     "write_report",

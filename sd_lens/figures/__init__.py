@@ -6,6 +6,7 @@ from sd_lens.figures.defects import direction_angles, singular_spectra, singular
 from sd_lens.figures.forecast import forecast_norms, predicted_norms
 from sd_lens.figures.interventions import ablation_heatmap, faithfulness_scatter, patching_heatmap
 from sd_lens.figures.norms import layer_norms, norm_heatmap, norm_surface
+from sd_lens.figures.sinks import key_value_norms, sink_map, sinks_before_and_after
 
 __all__ = [
     "ablation_heatmap",
@@ -15,6 +16,7 @@ __all__ = [
     "eigenvalues",
     "faithfulness_scatter",
     "forecast_norms",
+    "key_value_norms",
     "layer_norms",
     "neuron_bars",
     "norm_heatmap",
@@ -23,5 +25,7 @@ __all__ = [
     "predicted_norms",
     "singular_spectra",
     "singular_values",
+    "sink_map",
+    "sinks_before_and_after",
     "source_map",
 ]
