@@ -34,6 +34,7 @@ from sd_lens.models.loading import load_model
 from sd_lens.observations.behaviour import Behaviour, observe_behaviour
 from sd_lens.observations.high_norm import HighNormTokens, TokenGroup, find_high_norm_tokens
 from sd_lens.observations.linear_fits import capture_linear_maps
+from sd_lens.observations.massive import MassiveActivations, massive_activations
 from sd_lens.observations.norms import NormScan, TextNorms, scan_norms
 from sd_lens.observations.sinks import AttentionSinks, attention_sinks
 from sd_lens.observations.texts import default_texts, read_texts
@@ -55,6 +56,7 @@ __all__ = [
     "Forecast",
     "HighNormTokens",
     "Jacobian",
+    "MassiveActivations",
     "NeuronAttribution",
     "NormScan",
     "Patching",
@@ -81,6 +83,7 @@ __all__ = [
     "find_high_norm_tokens",
     "forecast",
     "load_model",
+    "massive_activations",
     "observe_behaviour",
     "patch",
     "predict_norms",
