@@ -27,6 +27,7 @@ from sd_lens.explanations.patching import Patching, patch
 from sd_lens.explanations.prediction import PredictedNorms, predict_norms
 from sd_lens.explanations.sinks import SinksWithout, sinks_without
 from sd_lens.explanations.spectra import SingularSpectra, singular_spectra
+from sd_lens.explanations.super_weights import SuperWeights, super_weights
 from sd_lens.explanations.sweep import AblationSweep, sweep_ablations
 from sd_lens.linear.captured import Captured
 from sd_lens.linear.jacobians import Jacobian
@@ -66,6 +67,7 @@ __all__ = [
     "SingularTriples",
     "SinksWithout",
     "SourceAttribution",
+    "SuperWeights",
     "TextNorms",
     "TokenGroup",
     "ablate",
@@ -92,6 +94,7 @@ __all__ = [
     "singular_defects",
     "singular_spectra",
     "sinks_without",
+    "super_weights",
     "sweep_ablations",
     "verify",
     "write_report",

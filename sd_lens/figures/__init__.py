@@ -5,6 +5,7 @@ from sd_lens.figures.decay import eigenvalues
 from sd_lens.figures.defects import direction_angles, singular_spectra, singular_values
 from sd_lens.figures.forecast import forecast_norms, predicted_norms
 from sd_lens.figures.interventions import ablation_heatmap, faithfulness_scatter, patching_heatmap
+from sd_lens.figures.massive import massive_channels, write_sparsity, zeroed_norms
 from sd_lens.figures.norms import layer_norms, norm_heatmap, norm_surface
 from sd_lens.figures.sinks import key_value_norms, sink_map, sinks_before_and_after
 
@@ -18,6 +19,7 @@ __all__ = [
     "forecast_norms",
     "key_value_norms",
     "layer_norms",
+    "massive_channels",
     "neuron_bars",
     "norm_heatmap",
     "norm_surface",
@@ -28,4 +30,6 @@ __all__ = [
     "sink_map",
     "sinks_before_and_after",
     "source_map",
+    "write_sparsity",
+    "zeroed_norms",
 ]
