@@ -31,6 +31,8 @@ class AttentionSinks:
         n_tokens: their real tokens.
         n_watched: how many of these are watched.
         received: mean attention that the key at a position receives from a later query; NaN where there is none.
+        sink_texts: share of the texts (of two tokens or more) in which the first key receives more than 0.3 on average,
+            counting what the first query pays to itself.
         watched_received: mean attention that a watched token receives from a later query; NaN if none is later.
         other_received: the same of all other tokens.
         watched_key_norm: mean norm of the keys of watched tokens.
@@ -43,6 +45,7 @@ class AttentionSinks:
     n_tokens: int
     n_watched: int
     received: Float64[Tensor, "layer head pos"] = field(repr=False)
+    sink_texts: Float64[Tensor, "layer head"]
     watched_received: Float64[Tensor, "layer head"]
     other_received: Float64[Tensor, "layer head"]
     watched_key_norm: Float64[Tensor, "layer kv_head"]
@@ -59,6 +62,11 @@ class AttentionSinks:
     def sink_rate(self) -> float:
         """Share of all heads that pay more than 0.3 of their attention to the first key."""
         return float((self.on_first > SINK_THRESHOLD).double().mean())
+
+    @property
+    def published_sink_rate(self) -> float:
+        """The sink rate as Gu et al. 2024 compute it, threshold applied text by text: the mean of `sink_texts`."""
+        return float(self.sink_texts.mean())
 
     @property
     def sink_rates(self) -> Float64[Tensor, " pos"]:
@@ -89,6 +97,7 @@ class AttentionSinks:
         of_kv = torch.arange(n_heads) // (n_heads // self.watched_key_norm.shape[1])
         columns = {
             "on_first": self.on_first,
+            "sink_texts": self.sink_texts,
             "watched_received": self.watched_received,
             "other_received": self.other_received,
             "watched_key_norm": self.watched_key_norm[:, of_kv],
@@ -117,7 +126,8 @@ def attention_sinks(
 ) -> AttentionSinks:
     """Attention received per key, and key and value norms, of every head over a corpus, in one pass.
 
-    A query's attention on itself is left out, and means are over all texts before they are compared with 0.3.
+    A query's attention on itself is left out, and means are over all texts before they are compared with 0.3, but in
+    `sink_texts` and `published_sink_rate`.
 
     Args:
         model: a `HookedTransformer` or `TransformerBridge`, folded or not.
@@ -152,7 +162,7 @@ class _Sums:
     def __init__(self, model: Any, watch: Where):
         self.model = model
         self.watch = watch
-        self._n_texts = 0
+        self._n_texts = self._n_long = 0
         self._tokens = torch.zeros(2, dtype=torch.float64)  # others, watched
         self._pairs = torch.zeros(2, dtype=torch.float64)
         self._pairs_at = torch.zeros(0, dtype=torch.float64)  # per position
@@ -164,6 +174,7 @@ class _Sums:
         groups = torch.stack([batch.real & ~watched, watched])
         later = (batch.real.sum(dim=1, keepdim=True) - 1 - torch.arange(batch.real.shape[1])).clamp_min(0)
         self._n_texts += len(batch.tokens)
+        self._n_long += int((batch.real.sum(dim=1) > 1).sum())
         self._tokens += groups.sum(dim=(1, 2))
         self._pairs += (groups * later).sum(dim=(1, 2))
         self._pairs_at = _added(self._pairs_at, later.sum(dim=0).double())
@@ -185,6 +196,9 @@ class _Sums:
         received = received_attention(pattern, batch.real)
         self._check(received, f"blocks.{layer}.attn.hook_pattern", batch, pattern.dtype)
         self._add("at", layer, received.sum(dim=0))
+        lengths = batch.real.sum(dim=1)[:, None]
+        on_first = (received[:, :, 0] + pattern[:, :, 0, 0].detach().double().cpu()) / lengths
+        self._add("texts", layer, ((on_first > SINK_THRESHOLD) & (lengths > 1)).sum(dim=0).double())
         self._add("groups", layer, torch.einsum("bhk,gbk->gh", received, groups.double()))
 
     def _add_norms(
@@ -216,8 +230,9 @@ class _Sums:
         if self._pairs.sum() == 0:
             raise InputError("every text has a single token, which only sees itself: pass longer texts")
         n_layers = self.model.cfg.n_layers
-        at, groups, k, v = (
-            torch.stack([self._totals[name, layer] for layer in range(n_layers)]) for name in ("at", "groups", "k", "v")
+        at, texts, groups, k, v = (
+            torch.stack([self._totals[name, layer] for layer in range(n_layers)])
+            for name in ("at", "texts", "groups", "k", "v")
         )
         received, keys, values = (
             total / n[:, None] for total, n in ((groups, self._pairs), (k, self._tokens), (v, self._tokens))
@@ -227,6 +242,7 @@ class _Sums:
             n_tokens=int(self._tokens.sum()),
             n_watched=int(self._tokens[1]),
             received=at / self._pairs_at,
+            sink_texts=texts / self._n_long,
             watched_received=received[:, 1],
             other_received=received[:, 0],
             watched_key_norm=keys[:, 1],

@@ -14,12 +14,15 @@ TEXTS = [torch.tensor([3, 14, 15, 9, 26, 5]), torch.tensor([8, 9, 7]), torch.ten
 
 def pair_by_pair(model, texts, is_watched):
     """Every (key, later query) pair and every token, one at a time, from TransformerLens's own cache."""
-    by_position, by_group, lengths = {}, {}, {}
+    by_position, by_group, lengths, texts_with_sink = {}, {}, {}, {}
     for number, text in enumerate(texts):
         with torch.no_grad():
             cache = model.run_with_cache(text[None])[1]
         for layer in range(model.cfg.n_layers):
             pattern, k, v = (cache[f"blocks.{layer}.attn.hook_{name}"][0].double() for name in ("pattern", "k", "v"))
+            for head in range(pattern.shape[0] if len(text) > 1 else 0):
+                on_first = sum(float(pattern[head, query, 0]) for query in range(len(text))) / len(text)
+                texts_with_sink.setdefault((layer, head), []).append(on_first > 0.3)
             for key in range(len(text)):
                 watched = is_watched(number, key, text)
                 for kind, states in (("k", k), ("v", v)):
@@ -30,10 +33,13 @@ def pair_by_pair(model, texts, is_watched):
                         paid = float(pattern[head, query, key])
                         by_position.setdefault((layer, head, key), []).append(paid)
                         by_group.setdefault((watched, layer, head), []).append(paid)
-    return by_position, by_group, lengths
+    return by_position, by_group, lengths, texts_with_sink
 
 
-def check(found: AttentionSinks, by_position, by_group, lengths):
+def check(found: AttentionSinks, by_position, by_group, lengths, texts_with_sink):
+    for place, sinks in texts_with_sink.items():
+        assert float(found.sink_texts[place]) == pytest.approx(sum(sinks) / 3)
+    assert found.published_sink_rate == pytest.approx(float(found.sink_texts.mean()))
     for (layer, head, key), paid in by_position.items():
         assert float(found.received[layer, head, key]) == pytest.approx(sum(paid) / len(paid), abs=1e-6)
     for watched, received in ((True, found.watched_received), (False, found.other_received)):
@@ -121,7 +127,9 @@ def test_rates_are_shares_of_heads():
         [[[0.31, 0.1, nan], [0.3, 0.5, nan]], [[0.9, 0, nan], [0.2, 0.4, nan]]], dtype=torch.float64
     )
     norms = torch.ones(2, 1, dtype=torch.float64)
-    found = AttentionSinks(1, 3, 1, received, received[:, :, 1], received[:, :, 0], norms, norms, norms, norms)
+    found = AttentionSinks(
+        1, 3, 1, received, received[:, :, 0], received[:, :, 1], received[:, :, 0], norms, norms, norms, norms
+    )
     assert found.sink_rate == 0.5  # 0.3 itself is none
     assert found.sink_rates.tolist()[:2] == [0.5, 0.5]
     assert math.isnan(found.sink_rates[2])
