@@ -27,8 +27,10 @@ from sd_lens.explanations.forecast import Forecast, forecast
 from sd_lens.explanations.interventions import ablated
 from sd_lens.explanations.patching import Patching, patch
 from sd_lens.explanations.prediction import PredictedNorms, predict_norms
+from sd_lens.explanations.sinks import SinksWithout, sinks_without
 from sd_lens.explanations.spectra import SingularSpectra, singular_spectra
 from sd_lens.explanations.subspace import ExplosionSubspace, explosion_subspace
+from sd_lens.explanations.super_weights import SuperWeights, super_weights
 from sd_lens.explanations.sweep import AblationSweep, sweep_ablations
 from sd_lens.linear.captured import Captured
 from sd_lens.linear.jacobians import Jacobian
@@ -36,7 +38,9 @@ from sd_lens.models.loading import load_model
 from sd_lens.observations.behaviour import Behaviour, observe_behaviour
 from sd_lens.observations.high_norm import HighNormTokens, TokenGroup, find_high_norm_tokens
 from sd_lens.observations.linear_fits import capture_linear_maps
+from sd_lens.observations.massive import MassiveActivations, massive_activations
 from sd_lens.observations.norms import NormScan, TextNorms, scan_norms
+from sd_lens.observations.sinks import AttentionSinks, attention_sinks
 from sd_lens.observations.texts import default_texts, read_texts
 from sd_lens.report.writing import write_report
 
@@ -45,6 +49,7 @@ __version__ = version("sd_lens")
 __all__ = [
     "Ablation",
     "AblationSweep",
+    "AttentionSinks",
     "Attribution",
     "Behaviour",
     "Captured",
@@ -58,6 +63,7 @@ __all__ = [
     "Forecast",
     "HighNormTokens",
     "Jacobian",
+    "MassiveActivations",
     "NeuronAttribution",
     "NormScan",
     "Patching",
@@ -65,11 +71,14 @@ __all__ = [
     "SingularDefects",
     "SingularSpectra",
     "SingularTriples",
+    "SinksWithout",
     "SourceAttribution",
+    "SuperWeights",
     "TextNorms",
     "TokenGroup",
     "ablate",
     "ablated",
+    "attention_sinks",
     "attribute",
     "attribute_corpus",
     "attribute_neurons",
@@ -85,6 +94,7 @@ __all__ = [
     "find_high_norm_tokens",
     "forecast",
     "load_model",
+    "massive_activations",
     "observe_behaviour",
     "patch",
     "predict_norms",
@@ -92,6 +102,8 @@ __all__ = [
     "scan_norms",
     "singular_defects",
     "singular_spectra",
+    "sinks_without",
+    "super_weights",
     "sweep_ablations",
     "verify",
     "write_report",

@@ -81,3 +81,37 @@ def _stream_before(model, layer):
     """The planted token's norm before a block."""
     states = model(torch.tensor([[TOKEN]]), output_hidden_states=True).hidden_states
     return float(states[layer].norm())
+
+
+SINK_LAYER, SINK_HEAD, CHANNEL = 3, 2, 11
+
+
+@torch.no_grad()
+def sink():
+    """`llama` with a head behind the explosion all of whose queries look for the direction, wherever it is."""
+    defect = llama()
+    model, direction = defect.hf_model.model, defect.direction
+    everywhere = torch.randn(WIDTH, generator=torch.Generator().manual_seed(8))
+    everywhere[0] = 0
+    everywhere -= (everywhere @ direction) * direction
+    everywhere /= everywhere.norm()
+    model.embed_tokens.weight += 4 * everywhere  # what every query reads
+    attention = model.layers[SINK_LAYER].self_attn
+    # The last pair of a head of 16 rotates by 0.0003 per position: not at all.
+    attention.q_proj.weight[16 * SINK_HEAD : 16 * (SINK_HEAD + 1)] = 0
+    attention.q_proj.weight[16 * SINK_HEAD + 7] = 1.2 * everywhere
+    attention.k_proj.weight[16:32] = 0  # the second of two key-value heads, which heads 2 and 3 read
+    attention.k_proj.weight[16 + 7] = direction
+    return defect
+
+
+@torch.no_grad()
+def through_one_weight(defect):
+    """The same explosion, written by neuron 3 into one channel alone: one massive activation, one super weight."""
+    blocks = defect.hf_model.model.layers if hasattr(defect.hf_model, "model") else defect.hf_model.transformer.h
+    mlp = blocks[EXPLOSION].mlp
+    row = mlp.down_proj.weight[:, 3] if hasattr(mlp, "down_proj") else mlp.c_proj.weight[3]
+    length = row.norm()
+    row.zero_()
+    row[CHANNEL] = length
+    return Planted(defect.hf_model, torch.nn.functional.one_hot(torch.tensor(CHANNEL), WIDTH).float(), defect.texts)

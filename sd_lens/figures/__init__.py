@@ -13,7 +13,9 @@ from sd_lens.figures.explosion import (
 )
 from sd_lens.figures.forecast import forecast_norms, predicted_norms
 from sd_lens.figures.interventions import ablation_heatmap, faithfulness_scatter, patching_heatmap
+from sd_lens.figures.massive import massive_channels, write_sparsity, zeroed_norms
 from sd_lens.figures.norms import layer_norms, norm_heatmap, norm_surface
+from sd_lens.figures.sinks import key_value_norms, sink_map, sinks_before_and_after
 
 __all__ = [
     "ablation_heatmap",
@@ -26,7 +28,9 @@ __all__ = [
     "eigenvalues",
     "faithfulness_scatter",
     "forecast_norms",
+    "key_value_norms",
     "layer_norms",
+    "massive_channels",
     "neuron_bars",
     "norm_heatmap",
     "norm_surface",
@@ -34,8 +38,12 @@ __all__ = [
     "predicted_norms",
     "singular_spectra",
     "singular_values",
+    "sink_map",
+    "sinks_before_and_after",
     "source_map",
     "subspace_curve",
     "subspace_dimensions",
     "vocabulary_scatter",
+    "write_sparsity",
+    "zeroed_norms",
 ]
