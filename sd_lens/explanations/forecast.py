@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from sd_lens.errors import InputError, NumericalError
 from sd_lens.linear.approximations import neuron_map
-from sd_lens.linear.lone_token import after_block, lone_attention, mlp_input, mlp_write
+from sd_lens.linear.lone_token import after_block, lone_attention, mlp_input, mlp_output, mlp_write
 from sd_lens.linear.maps import computing_dtype
 from sd_lens.linear.spectra import leading_triples
 from sd_lens.models.blocks import BlockWeights, check_layer, wanted_blocks
@@ -44,7 +44,7 @@ class Forecast:
         score_layer: the block whose MLP the tokens' scores are about, None without any explosion.
         vocabulary: token_id, token, embedding_norm, untrained, initial, non_initial: the last two are the scores, NaN
             without any explosion. The score of a token is the coefficient of that MLP's input (behind its norm) on
-            the leading right singular vector of the MLP's linear map, positive on the side that explodes.
+            the leading right singular vector of the MLP's linear map, positive on the side that writes more.
         n_probes: how many random embeddings were followed.
         model_name: as TransformerLens calls the model.
     """
@@ -179,18 +179,20 @@ def _scores(
     def initial(x: Tensor) -> Tensor:
         for block in before:
             x = after_block(block, x)
-        return mlp_input(last, x if last.parallel else x + lone_attention(last, x)) @ v1
+        return mlp_input(last, x if last.parallel else x + lone_attention(last, x))
 
     def non_initial(x: Tensor) -> Tensor:
         for block in before:
             x = _without_attention(block, x)
-        return mlp_input(last, x) @ v1
+        return mlp_input(last, x)
 
-    # The side of v1 on which the random embeddings of the initial path, which explode, lie.
-    side = torch.sign(initial(probes.to(v1.device)).median())
+    # The side of v1 on which inputs as long as those of the probes make the MLP write more.
+    length = initial(probes.to(v1.device)).norm(dim=1).median()
+    ahead, behind = mlp_output(last, length * torch.stack([v1, -v1])).norm(dim=1)
+    v1 = v1 if ahead >= behind else -v1
     paths: tuple[Callable[[Tensor], Tensor], ...] = (initial, non_initial)
     found = [
-        torch.stack([side * path(x) for path in paths]).double().cpu()
+        torch.stack([path(x) @ v1 for path in paths]).double().cpu()
         for part in tqdm(ids.split(TOKENS_AT_ONCE), desc="vocabulary", unit="part", disable=not progress, leave=False)
         for x in (embeddings(model, part, probes.dtype),)
     ]

@@ -21,19 +21,26 @@ from sd_lens.explanations.explosion import explosion_path
 from sd_lens.explanations.forecast import Forecast, forecast
 from sd_lens.explanations.origins import NormOrigin, norm_origins
 from sd_lens.explanations.prediction import PredictedNorms, predict_norms
+from sd_lens.explanations.sinks import sinks_without
 from sd_lens.explanations.spectra import SingularSpectra, singular_spectra
 from sd_lens.explanations.subspace import explosion_subspace
+from sd_lens.explanations.super_weights import SuperWeights, super_weights
 from sd_lens.observations.high_norm import HighNormTokens, find_high_norm_tokens
+from sd_lens.observations.massive import massive_activations
 from sd_lens.observations.texts import Texts, default_texts, resolved_prepend_bos, token_rows
 from sd_lens.report.explosions import Explosion, explosion_figures, explosion_sentences
 from sd_lens.report.findings import findings
 from sd_lens.report.forecasts import Forecasts, forecast_figures, forecast_sentences
 from sd_lens.report.origins import origin_figures, origin_sentences
 from sd_lens.report.page import Page
+from sd_lens.report.traces import Traces, trace_figures, trace_sentences
 from sd_lens.storage import written_whole
 
 _TEXTS_TO_EXPLAIN = 16
 """Attribution, ablation and paths look at so many of the first texts."""
+
+_TEXTS_TO_ZERO = 4
+"""Single neurons and weights are zeroed in so many texts."""
 
 _TOKENS_TO_FOLLOW = 2048
 """So many tokens of the vocabulary, drawn at random, are followed along the paths of an explosion."""
@@ -79,9 +86,10 @@ def write_report(
         forecasts = _forecasts(model, found, progress)
         explosions = _explosions(model, found, first, progress)
         origins = norm_origins(model, found, first, progress=progress)
+        traces = _traces(model, found, first, progress)
         sentences = [
             *findings(found, defects), *forecast_sentences(found, forecasts), *explosion_sentences(explosions),
-            *origin_sentences(origins),
+            *origin_sentences(origins), *([] if traces is None else trace_sentences(traces)),
         ]  # fmt: skip
         settings = _settings(model, found, defects, threshold)
         settings["texts"] = texts_name or ("the package's default passages" if texts is None else "given")
@@ -90,7 +98,7 @@ def write_report(
             subtitle=f"{model.cfg.n_layers} blocks, numbered from 0; width {model.cfg.d_model}. "
             "Norms are Euclidean norms of the residual stream after a block.",
             findings=sentences,
-            figures=_figures(found, defects, spectra, forecasts, explosions, origins),
+            figures=_figures(found, defects, spectra, forecasts, explosions, origins, traces),
             tokens=found.table,
             settings=settings,
         )
@@ -146,6 +154,32 @@ def _explosions(model: Any, found: HighNormTokens, first: Sequence[Tensor], prog
     return explosions
 
 
+def _traces(model: Any, found: HighNormTokens, first: Sequence[Tensor], progress: bool) -> Traces | None:
+    """Sinks, massive activations and super weights in the first texts; None where nothing explodes."""
+    if found.direction is None or not found.explosion_layers:
+        return None
+    rows = list(first)
+    supers = [_super_weights(model, found, rows[:_TEXTS_TO_ZERO], layer, progress) for layer in found.explosion_layers]
+    return Traces(
+        sinks=sinks_without(model, rows, found.explosion_layers, found.direction, progress=progress),
+        explosion_layers=found.explosion_layers,
+        massive=massive_activations(model, rows, progress=progress),
+        super_weights=[each for each in supers if each is not None],
+    )
+
+
+def _super_weights(
+    model: Any, found: HighNormTokens, rows: list[Tensor], layer: int, progress: bool
+) -> SuperWeights | None:
+    """Of the tokens in some texts that explode in a block, initial ones if they do; None without any."""
+    initial = layer in found.initial.explosion_layers
+    table = found.table[(found.table.layer == layer) & (found.table.text < len(rows))]
+    tokens = table[(table.position == 0) == initial]
+    if tokens.empty:
+        return None
+    return super_weights(model, rows, layer, tokens, neurons=1, entries=1, progress=progress)
+
+
 def _figures(
     found: HighNormTokens,
     defects: SingularDefects,
@@ -153,6 +187,7 @@ def _figures(
     forecasts: Forecasts,
     explosions: Sequence[Explosion],
     origins: Sequence[NormOrigin],
+    traces: Traces | None,
 ) -> Sequence[tuple[str, Any]]:
     shown = [
         ("Largest and median norms per block. Dashes: the threshold above which a norm counts as high.",
@@ -173,6 +208,7 @@ def _figures(
     shown += forecast_figures(found, forecasts)
     shown += explosion_figures(explosions)
     shown += origin_figures(origins)
+    shown += [] if traces is None else trace_figures(traces)
     for text in found.scan.samples[:1]:
         shown += [
             ("The first text: every token, every block. Turn it with the mouse.", figures.norm_surface(text)),
