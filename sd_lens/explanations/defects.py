@@ -26,8 +26,9 @@ from sd_lens.linear.approximations import (
     name_of,
 )
 from sd_lens.linear.spectra import LeadingTriples, leading_triples
-from sd_lens.models.blocks import BlockWeights, wanted_blocks, wanted_layers
+from sd_lens.models.blocks import wanted_blocks, wanted_layers
 from sd_lens.models.checkpoints import open_checkpoint
+from sd_lens.models.views import BlockWeights
 from sd_lens.storage import load_result, save_result
 
 MEANINGFUL_GAP = 1.05

@@ -29,7 +29,7 @@ from sd_lens.linear.maps import (
     identity,
     identity_like,
 )
-from sd_lens.models.blocks import BlockWeights, Norm
+from sd_lens.models.views import BlockWeights, Norm
 
 Linearization = Literal["gaussian", "sampled"]
 Convention = Literal["post-gain", "pre-gain"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from sd_lens.errors import InputError, NumericalError
 from sd_lens.linear.approximations import attention_map
 from sd_lens.linear.maps import LinearMap, diagonal, from_matrix
-from sd_lens.models.blocks import BlockWeights, Norm
+from sd_lens.models.views import BlockWeights, Norm
 
 _NO_NORM = Norm("rms", None, None)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from sd_lens.errors import InputError
 from sd_lens.linear.lone_token import lone_attention, mlp_write
 from sd_lens.linear.maps import LinearMap, computing_dtype
-from sd_lens.models.blocks import BlockWeights
+from sd_lens.models.views import BlockWeights
 
 
 @dataclass(frozen=True, eq=False)

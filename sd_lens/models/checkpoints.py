@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from sd_lens.errors import ModelLoadError, NotSupportedError
-from sd_lens.models.blocks import BlockWeights, block_weights, check_architecture
+from sd_lens.models.blocks import block_weights, check_architecture
+from sd_lens.models.views import BlockWeights
 from sd_lens.models.wrapping import bridged, first_line
 
 _INDEX = "model.safetensors.index.json"
