@@ -20,6 +20,7 @@ from sd_lens.explanations.drilling import (
     attribute_neurons,
     attribute_sources,
 )
+from sd_lens.explanations.experts import ExpertDefects, expert_defects
 from sd_lens.explanations.faithfulness import verify
 from sd_lens.explanations.forecast import Forecast, forecast
 from sd_lens.explanations.interventions import ablated
@@ -29,11 +30,13 @@ from sd_lens.explanations.spectra import SingularSpectra, singular_spectra
 from sd_lens.explanations.sweep import AblationSweep, sweep_ablations
 from sd_lens.linear.captured import Captured
 from sd_lens.linear.jacobians import Jacobian
+from sd_lens.linear.mixtures import RouterWeighted
 from sd_lens.models.loading import load_model
 from sd_lens.observations.behaviour import Behaviour, observe_behaviour
 from sd_lens.observations.high_norm import HighNormTokens, TokenGroup, find_high_norm_tokens
 from sd_lens.observations.linear_fits import capture_linear_maps
 from sd_lens.observations.norms import NormScan, TextNorms, scan_norms
+from sd_lens.observations.routing import capture_router_weights
 from sd_lens.observations.texts import default_texts, read_texts
 from sd_lens.report.writing import write_report
 
@@ -48,6 +51,7 @@ __all__ = [
     "Component",
     "CorpusAttribution",
     "DefectEigenvalues",
+    "ExpertDefects",
     "Faithfulness",
     "Forecast",
     "HighNormTokens",
@@ -56,6 +60,7 @@ __all__ = [
     "NormScan",
     "Patching",
     "PredictedNorms",
+    "RouterWeighted",
     "SingularDefects",
     "SingularSpectra",
     "SingularTriples",
@@ -69,9 +74,11 @@ __all__ = [
     "attribute_neurons",
     "attribute_sources",
     "capture_linear_maps",
+    "capture_router_weights",
     "default_texts",
     "defect_eigenvalues",
     "errors",
+    "expert_defects",
     "figures",
     "find_high_norm_tokens",
     "forecast",

@@ -11,6 +11,8 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from sd_lens.errors import NotSupportedError
+
 NormKind = Literal["rms", "layer"]
 
 
@@ -100,3 +102,72 @@ class BlockWeights:
     def d_model(self) -> int:
         """Width of the residual stream."""
         return self.W_in.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Router:
+    """Which experts a token runs through, and with which weights: the largest of `softmax(x @ W)`.
+
+    Attributes:
+        W: from the MLP's input, behind its norm.
+        top_k: how many experts a token runs through.
+        renormalized: whether their weights are divided by their sum.
+        W_shared: of an expert that every token runs through, the last one, with weight `sigmoid(x @ W_shared)`; None
+            without one.
+    """
+
+    W: Float[Tensor, "d_model expert"]
+    top_k: int
+    renormalized: bool
+    W_shared: Float[Tensor, " d_model"] | None
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureWeights:
+    """A block whose MLP is a mixture of experts.
+
+    Attributes:
+        experts: the block with each of them as its MLP; a shared expert is the last.
+        router: weighs them.
+    """
+
+    experts: tuple[BlockWeights, ...]
+    router: Router
+
+    @property
+    def layer(self) -> int:
+        """0-based index of the block."""
+        return self.experts[0].layer
+
+    @property
+    def mlp_norm(self) -> Norm:
+        """In front of router and experts."""
+        return self.experts[0].mlp_norm
+
+    @property
+    def parallel(self) -> bool:
+        """Whether the MLP reads the stream in front of attention instead of that behind it."""
+        return self.experts[0].parallel
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.experts[0].d_model
+
+
+Block = BlockWeights | MixtureWeights
+
+
+def one_mlp(block: Block) -> BlockWeights:
+    """The block, if its MLP is a single one.
+
+    Raises:
+        NotSupportedError: for a mixture of experts.
+    """
+    if isinstance(block, MixtureWeights):
+        raise NotSupportedError(
+            f"not supported yet: a mixture of experts as one MLP (block {block.layer}); expert_defects looks at each "
+            "expert, and singular_defects, singular_spectra and defect_eigenvalues take "
+            "linearization=capture_router_weights(model, texts)"
+        )
+    return block
