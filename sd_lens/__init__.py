@@ -21,6 +21,7 @@ from sd_lens.explanations.drilling import (
     attribute_neurons,
     attribute_sources,
 )
+from sd_lens.explanations.experts import ExpertDefects, expert_defects
 from sd_lens.explanations.explosion import ExplosionPath, explosion_path
 from sd_lens.explanations.faithfulness import verify
 from sd_lens.explanations.forecast import Forecast, forecast
@@ -34,12 +35,14 @@ from sd_lens.explanations.super_weights import SuperWeights, super_weights
 from sd_lens.explanations.sweep import AblationSweep, sweep_ablations
 from sd_lens.linear.captured import Captured
 from sd_lens.linear.jacobians import Jacobian
+from sd_lens.linear.mixtures import RouterWeighted
 from sd_lens.models.loading import load_model
 from sd_lens.observations.behaviour import Behaviour, observe_behaviour
 from sd_lens.observations.high_norm import HighNormTokens, TokenGroup, find_high_norm_tokens
 from sd_lens.observations.linear_fits import capture_linear_maps
 from sd_lens.observations.massive import MassiveActivations, massive_activations
 from sd_lens.observations.norms import NormScan, TextNorms, scan_norms
+from sd_lens.observations.routing import capture_router_weights
 from sd_lens.observations.sinks import AttentionSinks, attention_sinks
 from sd_lens.observations.texts import default_texts, read_texts
 from sd_lens.report.writing import write_report
@@ -56,6 +59,7 @@ __all__ = [
     "Component",
     "CorpusAttribution",
     "DefectEigenvalues",
+    "ExpertDefects",
     "ExplosionInContext",
     "ExplosionPath",
     "ExplosionSubspace",
@@ -68,6 +72,7 @@ __all__ = [
     "NormScan",
     "Patching",
     "PredictedNorms",
+    "RouterWeighted",
     "SingularDefects",
     "SingularSpectra",
     "SingularTriples",
@@ -84,9 +89,11 @@ __all__ = [
     "attribute_neurons",
     "attribute_sources",
     "capture_linear_maps",
+    "capture_router_weights",
     "default_texts",
     "defect_eigenvalues",
     "errors",
+    "expert_defects",
     "explosion_in_context",
     "explosion_path",
     "explosion_subspace",

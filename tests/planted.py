@@ -8,7 +8,7 @@ import torch
 from tests import tiny
 
 TOKEN = 7
-EXPLOSION, DECAY, N_LAYERS, WIDTH = 2, 4, 6, 64
+EXPLOSION, DECAY, N_LAYERS, WIDTH, EXPERT = 2, 4, 6, 64, 1
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,28 @@ def gpt2():
     decay.c_fc.bias[5] = -4  # the stream's 8 = sqrt(64) along the direction becomes 4, anything small nothing
     stream = _stream_before(model, DECAY)
     decay.c_proj.weight[5] = -0.9 * stream / 4 * direction
+    return Planted(model, direction, _texts())
+
+
+@torch.no_grad()
+def mixtral():
+    """One expert makes the explosion, and the router sends it the planted token; nothing decays."""
+    model = tiny.llama_like(
+        "Mixtral",
+        hidden_size=WIDTH,
+        num_hidden_layers=N_LAYERS,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    tiny.randomised(model, scale=0.02)
+    _marked_embeddings(model.model.embed_tokens.weight)
+    direction = _direction()
+    marker = torch.nn.functional.one_hot(torch.tensor(0), WIDTH).float()
+    mlp = model.model.layers[EXPLOSION].mlp
+    mlp.gate.weight[EXPERT] = marker
+    mlp.experts.gate_up_proj[EXPERT, 3] = mlp.experts.gate_up_proj[EXPERT, 48 + 3] = 1.5 * marker
+    mlp.experts.down_proj[EXPERT, :, 3] = 60 * direction
     return Planted(model, direction, _texts())
 
 

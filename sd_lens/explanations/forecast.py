@@ -17,7 +17,8 @@ from sd_lens.linear.approximations import neuron_map
 from sd_lens.linear.lone_token import after_block, lone_attention, mlp_input, mlp_output, mlp_write
 from sd_lens.linear.maps import computing_dtype
 from sd_lens.linear.spectra import leading_triples
-from sd_lens.models.blocks import BlockWeights, check_layer, wanted_blocks
+from sd_lens.models.blocks import check_layer, wanted_blocks
+from sd_lens.models.views import BlockWeights
 from sd_lens.observations.high_norm import TokenGroup, growth_of, token_group
 from sd_lens.observations.histograms import NormHistogram, norm_gaps
 from sd_lens.observations.texts import token_strings

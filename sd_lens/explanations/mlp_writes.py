@@ -14,7 +14,8 @@ from sd_lens.errors import InputError, NotSupportedError, NumericalError
 from sd_lens.explanations.components import Component
 from sd_lens.explanations.contributions import largest_error, seen_through, unit_direction
 from sd_lens.explanations.reading import at_tokens
-from sd_lens.models.blocks import BlockWrites, block_writes
+from sd_lens.models.blocks import block_writes
+from sd_lens.models.views import BlockWrites
 from sd_lens.observations.selection import Where, selected
 from sd_lens.observations.texts import Batch
 

@@ -18,8 +18,9 @@ from sd_lens.linear.approximations import neuron_map
 from sd_lens.linear.coefficients import CoefficientParts, coefficient_parts
 from sd_lens.linear.lone_token import mlp_input, mlp_output
 from sd_lens.linear.maps import computing_dtype
-from sd_lens.models.blocks import BlockWeights, block_weights
+from sd_lens.models.blocks import block_weights
 from sd_lens.models.hooks import run_with_hooks
+from sd_lens.models.views import BlockWeights
 from sd_lens.observations.texts import token_strings
 from sd_lens.observations.vocabulary import TOKENS_AT_ONCE, chosen_tokens, embedding_norms, is_untrained
 

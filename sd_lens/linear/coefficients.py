@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from sd_lens.models.blocks import Norm
+from sd_lens.models.views import Norm
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sd_lens.linear.gaussian import activation_function
-from sd_lens.models.blocks import BlockWeights, Norm
+from sd_lens.models.views import BlockWeights, Norm
 
 Streams = Float[Tensor, "token d_model"]
 

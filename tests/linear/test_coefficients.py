@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from sd_lens.linear.coefficients import coefficient_parts
 from sd_lens.linear.lone_token import normalized
-from sd_lens.models.blocks import Norm
+from sd_lens.models.views import Norm
 
 
 def norm(kind, seed):

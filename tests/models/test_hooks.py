@@ -139,6 +139,10 @@ USES = {
     "sweep_ablations": lambda model: sd_lens.sweep_ablations(model, TOKENS, "mean", progress=False),
     "patch": lambda model: sd_lens.patch(model, TOKENS[0], TOKENS[1], lambda x: x[0, -1, 3], ["z"], progress=False),
 }
+USES_OF_MIXTURES = {
+    "capture_router_weights": lambda model: sd_lens.capture_router_weights(model, TOKENS, progress=False),
+    "expert_defects": lambda model: sd_lens.expert_defects(model, progress=False),
+}
 WITHOUT_A_MODEL = {"default_texts", "read_texts"}
 
 
@@ -151,6 +155,14 @@ def test_public_functions_leave_no_trace(tiny_model, name):
     assert all(p.grad is None for p in tiny_model.parameters())
 
 
+@pytest.mark.parametrize("name", USES_OF_MIXTURES)
+def test_public_functions_for_mixtures_leave_no_trace(backend, name):
+    model = tiny.wrap(tiny.mixtral(), backend)
+    before = state(model)
+    USES_OF_MIXTURES[name](model)
+    assert_unchanged(before, state(model))
+
+
 @pytest.mark.filterwarnings("ignore::sd_lens.errors.SmallGapWarning")
 def test_a_report_that_attributes_and_ablates_leaves_no_trace(planted_defect, backend):
     model = tiny.wrap(planted_defect.hf_model, backend)
@@ -161,7 +173,7 @@ def test_a_report_that_attributes_and_ablates_leaves_no_trace(planted_defect, ba
 
 def test_no_public_function_is_left_out():
     functions = {name for name in sd_lens.__all__ if inspect.isfunction(getattr(sd_lens, name))}
-    assert functions - WITHOUT_A_MODEL - {"load_model"} == set(USES)
+    assert functions - WITHOUT_A_MODEL - {"load_model"} == set(USES) | set(USES_OF_MIXTURES)
 
 
 def test_a_users_own_hook_stays(tiny_model):
