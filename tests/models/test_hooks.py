@@ -122,6 +122,17 @@ USES = {
     "forecast": lambda model: sd_lens.forecast(model, score_layer=1, progress=False),
     "predict_norms": lambda model: sd_lens.predict_norms(model, torch.ones(model.cfg.d_model), 5.0, 0, progress=False),
     "capture_linear_maps": lambda model: sd_lens.capture_linear_maps(model, [TOKENS] * 4, progress=False),
+    "attention_sinks": lambda model: sd_lens.attention_sinks(model, TOKENS, progress=False),
+    "massive_activations": lambda model: sd_lens.massive_activations(model, TOKENS, progress=False),
+    "sinks_without": lambda model: sd_lens.sinks_without(
+        model, TOKENS, 1, torch.ones(model.cfg.d_model), progress=False
+    ),
+    "super_weights": lambda model: sd_lens.super_weights(model, TOKENS, 1, neurons=1, entries=1, progress=False),
+    "explosion_path": lambda model: sd_lens.explosion_path(model, 1, 3.0, progress=False),
+    "explosion_in_context": lambda model: sd_lens.explosion_in_context(
+        model, sd_lens.explosion_path(model, 1, 3.0, progress=False), TOKENS, progress=False
+    ),
+    "explosion_subspace": lambda model: sd_lens.explosion_subspace(model, 1, progress=False),
     "observe_behaviour": lambda model: sd_lens.observe_behaviour(model, [TOKENS], progress=False),
     "attribute": lambda model: sd_lens.attribute(model, TOKENS[0], 2),
     "attribute_corpus": lambda model: sd_lens.attribute_corpus(model, TOKENS, 2, verify_tokens=1, progress=False),
