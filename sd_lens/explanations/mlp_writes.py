@@ -104,7 +104,7 @@ class MlpWriteSums:
         names += [f"{prefix}.ln2_post.hook_scale"] if self.block.mlp_post_gain is not None else []
         rows, positions = mask.nonzero().unbind(dim=1)
         found = at_tokens(self.model, batch.tokens, names, (rows, positions))
-        post, out, stream, *scale = (found[name].double().cpu() for name in names)
+        post, out, stream, *scale = (found[name].cpu().double() for name in names)
         if not torch.isfinite(stream).all():
             raise NumericalError(f"the residual stream after block {self.block.layer} is not finite")
         self.dtype = found[names[0]].dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,11 +41,15 @@ class SinksWithout:
         return float((self.after.on_first > SINK_THRESHOLD)[had].double().mean())
 
     def __str__(self) -> str:
+        kept = (
+            "no head had a sink"
+            if math.isnan(self.remaining)
+            else f"{100 * self.remaining:.1f} % of the heads with a sink keep it"
+        )
         return (
-            f"SinksWithout what {', '.join(self.components)} write along the direction: sink rate "
+            f"SinksWithout the writes of {', '.join(self.components)} along the direction: sink rate "
             f"{100 * self.before.sink_rate:.1f} % -> {100 * self.after.sink_rate:.1f} %, attention on the first key "
-            f"{self.before.on_first.mean():.3f} -> {self.after.on_first.mean():.3f}; {100 * self.remaining:.1f} % of "
-            "the heads with a sink keep it"
+            f"{self.before.on_first.mean():.3f} -> {self.after.on_first.mean():.3f}; {kept}"
         )
 
     __repr__ = __str__

@@ -15,6 +15,7 @@ from sd_lens.observations.attention import SINK_THRESHOLD
 from sd_lens.observations.sinks import AttentionSinks
 
 _LAYER_AXIS = "block (0-based)"
+_NORM_TICKS = [step * 10.0**power for power in range(-4, 6) for step in (1, 3)]
 
 
 def sink_map(sinks: AttentionSinks, measure: Literal["first", "watched"] = "first") -> go.Figure:
@@ -68,14 +69,14 @@ def key_value_norms(sinks: AttentionSinks) -> go.Figure:
                 hovertemplate=f"block %{{x}}<br>{part}s of {name}: %{{y:.3g}}<extra></extra>",
             )  # fmt: skip
     figure.update_xaxes(title_text=_LAYER_AXIS)
-    figure.update_yaxes(title_text="mean norm", type="log", dtick="D2")
+    figure.update_yaxes(title_text="mean norm", type="log", tickvals=_NORM_TICKS)
     figure.update_layout(legend={"orientation": "h", "y": -0.2})
     return figure
 
 
 def sinks_before_and_after(change: SinksWithout) -> go.Figure:
     """The share of each block's heads that have a sink on the first key, with and without the writes."""
-    figure = base_figure(f"Sinks without what {', '.join(change.components)} write along the direction", height=460)
+    figure = base_figure(f"Sinks without the writes of {', '.join(change.components)} along the direction", height=460)
     table = change.by_layer()
     for name, column, colour, dash in (
         (f"whole model ({100 * change.before.sink_rate:.1f} % of all heads)", "before", BLUE, "solid"),

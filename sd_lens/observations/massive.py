@@ -170,7 +170,7 @@ class _Sums:
         run_with_hooks(self.model, batch.tokens, add)
 
     def _add(self, layer: int, batch: Batch, watched: Bool[Tensor, " n"], activation: Float[Tensor, "b p d"]) -> None:
-        states = activation.detach()[batch.real.to(activation.device)].double().cpu()
+        states = activation.detach()[batch.real.to(activation.device)].cpu().double()
         squares = states.square()
         norms = squares.sum(dim=1, keepdim=True)
         if not torch.isfinite(norms).all():

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -42,6 +44,8 @@ def test_it_is_what_the_two_measurements_say(tiny_model):
         after = attention_sinks(tiny_model, texts, ["9"], progress=False)
     torch.testing.assert_close(found.after.received, after.received, equal_nan=True)
     torch.testing.assert_close(found.after.watched_value_norm, after.watched_value_norm)
+    nobody = dataclasses.replace(found, before=dataclasses.replace(found.before, received=0 * found.before.received))
+    assert "no head had a sink" in str(nobody)
     table = found.to_dataframe()
     assert len(table) == 12
     assert table.on_first_after.tolist() == after.on_first.flatten().tolist()
