@@ -116,7 +116,7 @@ def super_weights(
 
     Example:
         >>> super_weights(model, default_texts()[:8], 11)  # doctest: +SKIP
-        SuperWeights of L11MLP at 8 tokens: 2 of 1536 neurons write 99 % of 23,440 along the direction; ...
+        SuperWeights of L11MLP at 8 tokens: 2 of 1536 neurons write 99 % of 23,447 along the direction; ...
 
     Source: Yu et al. 2024 for single weights that a model cannot do without.
     """

@@ -5,7 +5,7 @@ import pytest
 from sd_lens import default_texts, find_high_norm_tokens, massive_activations, sinks_without, super_weights
 
 pytestmark = pytest.mark.real_model
-TEXTS = default_texts()[:8]
+TEXTS = default_texts()[:4]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def test_sinks_come_with_the_norm_and_go_with_the_write_of_block_11(smollm2, fou
 
 
 def test_the_sinks_between_block_2_and_its_decay_do_not_need_its_write(smollm2, found):
-    change = sinks_without(smollm2, TEXTS[:4], 2, found.direction, progress=False)
+    change = sinks_without(smollm2, TEXTS, 2, found.direction, progress=False)
     table = change.by_layer()
     assert table.sink_after[3:9].mean() > 0.8 * table.sink_before[3:9].mean()
 
@@ -35,17 +35,17 @@ def test_two_channels_carry_the_norm(smollm2):
     table = massive.table
     for layer in range(11, 28):
         largest = table[(table.layer == layer) & (table.channel == 507) & table.absolute & table.relative]
-        assert sorted(largest.text) == list(range(8))
+        assert sorted(largest.text) == list(range(4))
         assert set(largest.position) == {0}
         assert massive.watched_channels[layer] < 4
         assert massive.other_channels[layer] > 250
     block_2 = table[table.layer == 2]
     assert block_2.absolute.sum() <= 2  # just below 1000 medians
-    assert set(block_2[block_2.position == 0].text) == set(range(8))
+    assert set(block_2[block_2.position == 0].text) == set(range(4))
 
 
 def test_a_single_weight_harms_more_than_its_neuron(smollm2):
-    result = super_weights(smollm2, TEXTS[:4], 11, neurons=1, entries=1, max_length=64, progress=False)
+    result = super_weights(smollm2, TEXTS, 11, neurons=1, entries=1, max_length=32, progress=False)
     assert result.n_neurons == 2
     (neuron,), (entry,) = (list(table.itertuples()) for table in (result.neurons, result.entries))
     assert (neuron.component, entry.component) == ("L11N1229", "L11N1229C507")
