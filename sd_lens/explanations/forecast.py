@@ -101,7 +101,7 @@ def forecast(
     dtype = computing_dtype(blocks[0].W_in.dtype)
     ids = torch.arange(model.cfg.d_vocab)
     lengths = torch.cat(
-        [_embeddings(model, part, dtype).double().norm(dim=1).cpu() for part in ids.split(_TOKENS_AT_ONCE)]
+        [token_embeddings(model, part, dtype).double().norm(dim=1).cpu() for part in ids.split(_TOKENS_AT_ONCE)]
     )
     untrained = lengths < UNTRAINED * lengths.mean()
     probes = torch.randn(n_probes, model.cfg.d_model, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -134,14 +134,15 @@ def forecast(
     )
 
 
-def _embeddings(model: Any, ids: Tensor, dtype: torch.dtype) -> Float[Tensor, "token d_model"]:
+def token_embeddings(model: Any, ids: Tensor, dtype: torch.dtype) -> Float[Tensor, "token d_model"]:
     """The streams in front of block 0 of one-token texts."""
     seen: list[Tensor] = []
     run_with_hooks(model, ids[:, None], {"blocks.0.hook_resid_pre": lambda x: seen.append(x[:, 0].to(dtype))})
     return seen[0]
 
 
-def _without_attention(block: BlockWeights, x: Tensor) -> Tensor:
+def without_attention(block: BlockWeights, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
+    """The streams after a block whose attention writes nothing: the non-initial path."""
     return x + mlp_write(block, x)
 
 
@@ -152,7 +153,7 @@ def _follow(
     lone, plain = probes, probes
     states, ordinary = [lone], [plain.double().norm(dim=1)]
     for block in tqdm(blocks, desc="forecast", unit="block", disable=not progress, leave=False):
-        lone, plain = after_block(block, lone), _without_attention(block, plain)
+        lone, plain = after_block(block, lone), without_attention(block, plain)
         if not (torch.isfinite(lone).all() and torch.isfinite(plain).all()):
             raise NumericalError(f"a probe's stream is not finite after block {block.layer}")
         states.append(lone)
@@ -192,7 +193,7 @@ def _scores(
 
     def non_initial(x: Tensor) -> Tensor:
         for block in before:
-            x = _without_attention(block, x)
+            x = without_attention(block, x)
         return mlp_input(last, x) @ v1
 
     # The side of v1 on which the random embeddings of the initial path, which explode, lie.
@@ -201,6 +202,6 @@ def _scores(
     found = [
         torch.stack([side * path(x) for path in paths]).double().cpu()
         for part in tqdm(ids.split(_TOKENS_AT_ONCE), desc="vocabulary", unit="part", disable=not progress, leave=False)
-        for x in (_embeddings(model, part, probes.dtype),)
+        for x in (token_embeddings(model, part, probes.dtype),)
     ]
     return torch.cat(found, dim=1)

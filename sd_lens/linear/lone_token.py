@@ -40,13 +40,17 @@ def mlp_input(block: BlockWeights, x: Streams) -> Streams:
     return normalized(block.mlp_norm, x)
 
 
-def mlp_write(block: BlockWeights, x: Streams) -> Streams:
-    """What the MLP writes, from the streams that it reads."""
+def mlp_neurons(block: BlockWeights, x: Streams) -> Float[Tensor, "token d_mlp"]:
+    """What the MLP's neurons give to `W_out` (`hook_post`), from the streams that it reads."""
     x = mlp_input(block, x)
     act = activation_function(block.act_fn)
     linear = _plus(x @ block.W_in.to(x.dtype), block.b_in)
-    neurons = act(linear) if block.W_gate is None else linear * act(_plus(x @ block.W_gate.to(x.dtype), block.b_gate))
-    written = _plus(neurons @ block.W_out.to(x.dtype), block.b_out)
+    return act(linear) if block.W_gate is None else linear * act(_plus(x @ block.W_gate.to(x.dtype), block.b_gate))
+
+
+def mlp_write(block: BlockWeights, x: Streams) -> Streams:
+    """What the MLP writes, from the streams that it reads."""
+    written = _plus(mlp_neurons(block, x) @ block.W_out.to(x.dtype), block.b_out)
     return _behind(block.mlp_post_gain, block.mlp_norm, written)
 
 
