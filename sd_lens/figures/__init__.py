@@ -6,6 +6,7 @@ from sd_lens.figures.defects import direction_angles, singular_spectra, singular
 from sd_lens.figures.forecast import forecast_norms, predicted_norms
 from sd_lens.figures.interventions import ablation_heatmap, faithfulness_scatter, patching_heatmap
 from sd_lens.figures.norms import layer_norms, norm_heatmap, norm_surface
+from sd_lens.figures.quantization import outlier_ratios, quantization_bars, rounding_sensitivity
 
 __all__ = [
     "ablation_heatmap",
@@ -19,8 +20,11 @@ __all__ = [
     "neuron_bars",
     "norm_heatmap",
     "norm_surface",
+    "outlier_ratios",
     "patching_heatmap",
     "predicted_norms",
+    "quantization_bars",
+    "rounding_sensitivity",
     "singular_spectra",
     "singular_values",
     "source_map",
