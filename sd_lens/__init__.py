@@ -8,6 +8,13 @@ prove it, `figures` draws, and `write_report` does all of it.
 from importlib.metadata import version
 
 from sd_lens import errors, figures
+from sd_lens.applications.quantization import quantize
+from sd_lens.applications.quantization_report import QuantizationReport, quantization_report
+from sd_lens.applications.rounding_forecast import RoundingForecast, forecast_rounding
+from sd_lens.applications.schemes import QuantizationScheme
+from sd_lens.applications.smoothing import SmoothingFactors, smoothing_factors
+from sd_lens.applications.spare_list import SpareList, spare_list
+from sd_lens.applications.sparing_search import SparingSearch, search_spared_layers
 from sd_lens.explanations.ablation import Ablation, ablate
 from sd_lens.explanations.attribution import Attribution, Faithfulness, attribute
 from sd_lens.explanations.components import Component
@@ -42,6 +49,8 @@ from sd_lens.observations.high_norm import HighNormTokens, TokenGroup, find_high
 from sd_lens.observations.linear_fits import capture_linear_maps
 from sd_lens.observations.massive import MassiveActivations, massive_activations
 from sd_lens.observations.norms import NormScan, TextNorms, scan_norms
+from sd_lens.observations.outliers import ActivationOutliers, activation_outliers
+from sd_lens.observations.perplexity import Perplexity, perplexity
 from sd_lens.observations.routing import capture_router_weights
 from sd_lens.observations.sinks import AttentionSinks, attention_sinks
 from sd_lens.observations.texts import default_texts, read_texts
@@ -52,6 +61,7 @@ __version__ = version("sd_lens")
 __all__ = [
     "Ablation",
     "AblationSweep",
+    "ActivationOutliers",
     "AttentionSinks",
     "Attribution",
     "Behaviour",
@@ -71,18 +81,26 @@ __all__ = [
     "NeuronAttribution",
     "NormScan",
     "Patching",
+    "Perplexity",
     "PredictedNorms",
+    "QuantizationReport",
+    "QuantizationScheme",
+    "RoundingForecast",
     "RouterWeighted",
     "SingularDefects",
     "SingularSpectra",
     "SingularTriples",
     "SinksWithout",
+    "SmoothingFactors",
     "SourceAttribution",
+    "SpareList",
+    "SparingSearch",
     "SuperWeights",
     "TextNorms",
     "TokenGroup",
     "ablate",
     "ablated",
+    "activation_outliers",
     "attention_sinks",
     "attribute",
     "attribute_corpus",
@@ -100,16 +118,23 @@ __all__ = [
     "figures",
     "find_high_norm_tokens",
     "forecast",
+    "forecast_rounding",
     "load_model",
     "massive_activations",
     "observe_behaviour",
     "patch",
+    "perplexity",
     "predict_norms",
+    "quantization_report",
+    "quantize",
     "read_texts",
     "scan_norms",
+    "search_spared_layers",
     "singular_defects",
     "singular_spectra",
     "sinks_without",
+    "smoothing_factors",
+    "spare_list",
     "super_weights",
     "sweep_ablations",
     "verify",

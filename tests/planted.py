@@ -99,6 +99,14 @@ def mixtral():
     return Planted(model, direction, _texts())
 
 
+@torch.no_grad()
+def exploding_when_initial():
+    """The planted GPT-2, with attention of one block writing the marker: every lone token explodes."""
+    defect = gpt2()
+    defect.hf_model.transformer.h[EXPLOSION].attn.c_proj.bias[0] = 30
+    return defect
+
+
 def _stream_before(model, layer):
     """The planted token's norm before a block."""
     states = model(torch.tensor([[TOKEN]]), output_hidden_states=True).hidden_states

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -133,7 +133,8 @@ def forecast(
     )
 
 
-def _without_attention(block: BlockWeights, x: Tensor) -> Tensor:
+def without_attention(block: BlockWeights, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
+    """The streams after a block whose attention writes nothing: the non-initial path."""
     return x + mlp_write(block, x)
 
 
@@ -144,7 +145,7 @@ def _follow(
     lone, plain = probes, probes
     states, ordinary = [lone], [plain.double().norm(dim=1)]
     for block in tqdm(blocks, desc="forecast", unit="block", disable=not progress, leave=False):
-        lone, plain = after_block(block, lone), _without_attention(block, plain)
+        lone, plain = after_block(block, lone), without_attention(block, plain)
         if not (torch.isfinite(lone).all() and torch.isfinite(plain).all()):
             raise NumericalError(f"a probe's stream is not finite after block {block.layer}")
         states.append(lone)
@@ -184,7 +185,7 @@ def _scores(
 
     def non_initial(x: Tensor) -> Tensor:
         for block in before:
-            x = _without_attention(block, x)
+            x = without_attention(block, x)
         return mlp_input(last, x)
 
     # The side of v1 on which inputs as long as those of the probes make the MLP write more.

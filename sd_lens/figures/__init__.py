@@ -15,6 +15,7 @@ from sd_lens.figures.forecast import forecast_norms, predicted_norms
 from sd_lens.figures.interventions import ablation_heatmap, faithfulness_scatter, patching_heatmap
 from sd_lens.figures.massive import massive_channels, write_sparsity, zeroed_norms
 from sd_lens.figures.norms import layer_norms, norm_heatmap, norm_surface
+from sd_lens.figures.quantization import outlier_ratios, quantization_bars, rounding_sensitivity
 from sd_lens.figures.sinks import key_value_norms, sink_map, sinks_before_and_after
 
 __all__ = [
@@ -34,8 +35,11 @@ __all__ = [
     "neuron_bars",
     "norm_heatmap",
     "norm_surface",
+    "outlier_ratios",
     "patching_heatmap",
     "predicted_norms",
+    "quantization_bars",
+    "rounding_sensitivity",
     "singular_spectra",
     "singular_values",
     "sink_map",
