@@ -59,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--threshold", metavar="NORM", type=_threshold, default="auto", help="a norm, or auto (default)"
     )
+    report.add_argument(
+        "--quantize",
+        action="store_true",
+        help="also measure what 8-bit quantization costs, and what sparing W_out buys",
+    )
     report.set_defaults(run=_report)
     spare = commands.add_parser(
         "spare",
@@ -139,6 +144,7 @@ def _report(options: argparse.Namespace) -> int:
         texts,
         prepend_bos=options.prepend_bos,
         threshold=options.threshold,
+        quantize=options.quantize,
         texts_name=options.texts,
     )
     for sentence in sentences:

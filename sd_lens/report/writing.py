@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sd_lens import figures
+from sd_lens.applications.quantization_report import QuantizationReport, quantization_report
 from sd_lens.errors import InputError, NumericalError
 from sd_lens.explanations.contexts import explosion_in_context
 from sd_lens.explanations.decay import defect_eigenvalues
@@ -33,6 +34,7 @@ from sd_lens.report.findings import findings
 from sd_lens.report.forecasts import Forecasts, forecast_figures, forecast_sentences
 from sd_lens.report.origins import origin_figures, origin_sentences
 from sd_lens.report.page import Page
+from sd_lens.report.rounding import rounding_figures, rounding_sentences
 from sd_lens.report.traces import Traces, trace_figures, trace_sentences
 from sd_lens.storage import written_whole
 
@@ -54,6 +56,7 @@ def write_report(
     prepend_bos: bool | None = None,
     threshold: float | Literal["auto"] = "auto",
     max_length: int | None = None,
+    quantize: bool = False,
     texts_name: str | None = None,
     progress: bool = True,
 ) -> list[str]:
@@ -66,6 +69,8 @@ def write_report(
         prepend_bos: as for `find_high_norm_tokens`.
         threshold: as for `find_high_norm_tokens`.
         max_length: as for `find_high_norm_tokens`.
+        quantize: also measure what simulated quantization (W8A8) does to the perplexity of the first texts, and what
+            sparing the `W_out` of explosion and decay blocks buys; some ten more runs of them.
         texts_name: how the page calls the texts.
         progress: show progress bars.
 
@@ -87,9 +92,11 @@ def write_report(
         explosions = _explosions(model, found, first, progress)
         origins = norm_origins(model, found, first, progress=progress)
         traces = _traces(model, found, first, progress)
+        rounding = _rounding(model, found, first, progress) if quantize else None
         sentences = [
             *findings(found, defects), *forecast_sentences(found, forecasts), *explosion_sentences(explosions),
             *origin_sentences(origins), *([] if traces is None else trace_sentences(traces)),
+            *([] if rounding is None else rounding_sentences(rounding)),
         ]  # fmt: skip
         settings = _settings(model, found, defects, threshold)
         settings["texts"] = texts_name or ("the package's default passages" if texts is None else "given")
@@ -98,7 +105,10 @@ def write_report(
             subtitle=f"{model.cfg.n_layers} blocks, numbered from 0; width {model.cfg.d_model}. "
             "Norms are Euclidean norms of the residual stream after a block.",
             findings=sentences,
-            figures=_figures(found, defects, spectra, forecasts, explosions, origins, traces),
+            figures=[
+                *_figures(found, defects, spectra, forecasts, explosions, origins, traces),
+                *([] if rounding is None else rounding_figures(rounding, found)),
+            ],
             tokens=found.table,
             settings=settings,
         )
@@ -166,6 +176,13 @@ def _traces(model: Any, found: HighNormTokens, first: Sequence[Tensor], progress
         massive=massive_activations(model, rows, progress=progress),
         super_weights=[each for each in supers if each is not None],
     )
+
+
+def _rounding(model: Any, found: HighNormTokens, first: Sequence[Tensor], progress: bool) -> QuantizationReport | None:
+    """Perplexities of the first texts under quantization; None where there is nothing to spare."""
+    if not (found.explosion_layers or found.decay_layers):
+        return None
+    return quantization_report(model, list(first), found, progress=progress)
 
 
 def _super_weights(
