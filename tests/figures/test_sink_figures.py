@@ -37,12 +37,15 @@ def test_every_head_has_a_cell_and_every_sink_a_dot(sunk):
 def test_keys_and_values_of_both_groups_are_drawn(sunk):
     figure = figures.key_value_norms(sunk.before)
     curves = {trace.name: list(trace.y) for trace in figure.data}
-    assert curves == {
-        "keys of watched tokens": sunk.before.watched_key_norm.mean(dim=1).tolist(),
-        "keys of other tokens": sunk.before.other_key_norm.mean(dim=1).tolist(),
-        "values of watched tokens": sunk.before.watched_value_norm.mean(dim=1).tolist(),
-        "values of other tokens": sunk.before.other_value_norm.mean(dim=1).tolist(),
+    expected = {
+        "keys of watched tokens": sunk.before.watched_key_norm,
+        "keys of other tokens": sunk.before.other_key_norm,
+        "values of watched tokens": sunk.before.watched_value_norm,
+        "values of other tokens": sunk.before.other_value_norm,
     }
+    assert list(curves) == list(expected)
+    for name, norms in expected.items():
+        assert curves[name] == pytest.approx(norms.mean(dim=1).tolist())
     assert figure.layout.yaxis.type == "log"
     figure.to_json()
 
