@@ -107,6 +107,30 @@ def exploding_when_initial():
     return defect
 
 
+OUTLIERS = (2, 4)
+
+
+@torch.no_grad()
+def llama_with_outliers():
+    """One neuron in each of two blocks stands far above the others at every token, and writes nothing.
+
+    Returns the model, and texts that it predicts as well as it can: drawn from itself.
+    """
+    model = tiny.llama(num_hidden_layers=N_LAYERS)
+    pattern = torch.randn(32, generator=torch.Generator().manual_seed(8)).sign()
+    model.model.embed_tokens.weight += 3 * pattern
+    for layer in OUTLIERS:
+        mlp = model.model.layers[layer].mlp
+        mlp.gate_proj.weight[3] = mlp.up_proj.weight[3] = 0.7 * pattern
+        mlp.down_proj.weight[:, 3] = 0
+    generator = torch.Generator().manual_seed(9)
+    texts = torch.randint(3, tiny.VOCABULARY, (10, 1), generator=generator)
+    for _ in range(15):
+        likely = torch.softmax(model(texts).logits[:, -1], dim=-1)
+        texts = torch.cat([texts, torch.multinomial(likely, 1, generator=generator)], dim=1)
+    return model, texts
+
+
 def _stream_before(model, layer):
     """The planted token's norm before a block."""
     states = model(torch.tensor([[TOKEN]]), output_hidden_states=True).hidden_states

@@ -30,7 +30,7 @@ class RoundingForecast:
             an ordinary token (median over tokens); error, the length of what rounding adds to the stream of an ordinary
             token, over that of the stream behind the block (median over tokens).
         scheme: how activations are rounded.
-        n_probes: probes on each of the two paths.
+        n_probes: probes that were asked for on each of the two paths.
     """
 
     table: pd.DataFrame = field(repr=False)
@@ -66,7 +66,7 @@ def forecast_rounding(
     Args:
         model: a `HookedTransformer` or `TransformerBridge`, folded or not.
         scheme: the bits of its activations, and what shares a step; its weights are not rounded here.
-        n_probes: how many of each are drawn, untrained tokens left out; at least 16.
+        n_probes: how many of each are drawn (untrained tokens left out; all, if there are fewer); at least 16.
         seed: of the draws.
         progress: show a progress bar.
 
@@ -103,7 +103,7 @@ def forecast_rounding(
 
 def _probes(
     model: Any, n: int, seed: int, dtype: torch.dtype
-) -> tuple[Float[Tensor, "token d_model"], Float[Tensor, "token d_model"]]:
+) -> tuple[Float[Tensor, "probe d_model"], Float[Tensor, "token d_model"]]:
     """Random embeddings of the mean length of the vocabulary's, and random ones of its own; untrained ones left out."""
     lengths = embedding_norms(model)
     trained = (~is_untrained(lengths)).nonzero()[:, 0]

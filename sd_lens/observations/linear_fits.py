@@ -127,6 +127,6 @@ class BlockFits:
         return self.norm.solve(ridge).to(dtype), self.neurons.solve(ridge).to(dtype)
 
 
-def real_rows(activation: Float[Tensor, "*batch_pos d"], real: Bool[Tensor, "batch pos"]) -> Float[Tensor, "n d"]:
+def real_rows(activation: Float[Tensor, "*shape"], real: Bool[Tensor, "batch pos"]) -> Float[Tensor, "n features"]:
     """A copy of the activations of a batch's real tokens; the bridge has the MLP of OPT run on `[batch * pos]`."""
     return activation.reshape(real.numel(), -1)[real.flatten().to(activation.device)]

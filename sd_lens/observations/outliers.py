@@ -119,7 +119,7 @@ class _LayerOutliers:
                 "token_id": int(batch.tokens[text, position]),
             }  # fmt: skip
 
-    def row(self) -> dict[str, float]:
+    def row(self) -> dict[str, float | int]:
         """What was found."""
         median = float(self._histogram.median()[0])
         median = median if median > SMALLEST else 0.0
