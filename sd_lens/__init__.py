@@ -2,12 +2,15 @@
 
 `load_model` brings a model, `find_high_norm_tokens` observes it, `singular_defects` predicts the direction
 of its exploding tokens from the weights alone, `attribute` says who wrote their norm, `ablate` and `patch`
-prove it, `figures` draws, and `write_report` does all of it.
+prove it, `signature` and `lineage` say which models share a base, `figures` draws, and `write_report` does all of it.
 """
 
 from importlib.metadata import version
 
 from sd_lens import errors, figures
+from sd_lens.applications.lineage import Lineage, lineage
+from sd_lens.applications.signatures import Signature, signature
+from sd_lens.applications.trajectory import SignatureTrajectory, signature_trajectory
 from sd_lens.explanations.ablation import Ablation, ablate
 from sd_lens.explanations.attribution import Attribution, Faithfulness, attribute
 from sd_lens.explanations.components import Component
@@ -52,10 +55,13 @@ __all__ = [
     "Forecast",
     "HighNormTokens",
     "Jacobian",
+    "Lineage",
     "NeuronAttribution",
     "NormScan",
     "Patching",
     "PredictedNorms",
+    "Signature",
+    "SignatureTrajectory",
     "SingularDefects",
     "SingularSpectra",
     "SingularTriples",
@@ -75,12 +81,15 @@ __all__ = [
     "figures",
     "find_high_norm_tokens",
     "forecast",
+    "lineage",
     "load_model",
     "observe_behaviour",
     "patch",
     "predict_norms",
     "read_texts",
     "scan_norms",
+    "signature",
+    "signature_trajectory",
     "singular_defects",
     "singular_spectra",
     "sweep_ablations",

@@ -1,16 +1,19 @@
-"""The command line: `sd-lens report MODEL`."""
+"""The command line: `sd-lens report MODEL`, `sd-lens signature MODEL`, `sd-lens lineage FILES`."""
 
 from __future__ import annotations
 
 import argparse
 import html
+import math
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
+from typing import Any
 
-from sd_lens.errors import SdLensError
+from sd_lens.errors import InputError, SdLensError
 
 _DESCRIPTION = "Where do a language model's high-norm tokens come from?"
 _EPILOG = """examples:
@@ -18,6 +21,8 @@ _EPILOG = """examples:
   sd-lens report gpt2 --prepend-bos --out gpt2.html
   sd-lens report ./my-finetune --texts prose.txt --backend bridge
   sd-lens report model.Q4_1.gguf --device cuda
+  sd-lens signature smollm2-135m -o base.safetensors
+  sd-lens lineage base.safetensors finetune.safetensors
 
 exit codes: 0 done, 1 something could not be done (one sentence says what), 2 wrong usage"""
 
@@ -43,40 +48,87 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sd-lens {version('sd_lens')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_report(commands)
+    _add_signature(commands)
+    _add_lineage(commands)
+    return parser
+
+
+def _add_report(commands: Any) -> None:
     report = commands.add_parser(
         "report",
         help="find a model's high-norm tokens, predict them from its weights, write one HTML page",
         description="Find a model's high-norm tokens, predict their direction from the weights alone, "
         "and write one self-contained HTML page.",
     )
+    _add_model(report)
+    report.add_argument("--texts", metavar="FILE", help="UTF-8 text, passages separated by blank lines (default: ours)")
+    report.add_argument("--out", metavar="FILE", default="report.html", help="default: %(default)s")
     report.add_argument(
+        "--threshold", metavar="NORM", type=_threshold, default="auto", help="a norm, or auto (default)"
+    )
+    report.set_defaults(run=_report)
+
+
+def _add_signature(commands: Any) -> None:
+    signature = commands.add_parser(
+        "signature",
+        help="write a model's signature, a few kilobytes, for lineage",
+        description="Write the direction of a model's high-norm tokens and the singular values of its blocks "
+        "to a safetensors file of a few kilobytes.",
+    )
+    _add_model(signature)
+    signature.add_argument(
+        "--texts",
+        metavar="FILE",
+        help="UTF-8 text to observe the direction in, passages separated by blank lines "
+        "(default: forecast from the weights alone)",
+    )
+    signature.add_argument("-o", "--out", metavar="FILE", default="signature.safetensors", help="default: %(default)s")
+    signature.set_defaults(run=_signature)
+
+
+def _add_lineage(commands: Any) -> None:
+    lineage = commands.add_parser(
+        "lineage",
+        help="say which models share a base, from their signatures",
+        description="Compare signatures in pairs, and say which models share a base.",
+    )
+    lineage.add_argument("files", metavar="FILE", nargs="+", help="written by sd-lens signature; two or more")
+    lineage.add_argument(
+        "--false-positive-rate",
+        metavar="RATE",
+        type=float,
+        default=1e-3,
+        help="the probability that any unrelated pair is called related (default: %(default)s)",
+    )
+    lineage.set_defaults(run=_lineage)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """The model, and how it is loaded and run."""
+    parser.add_argument(
         "model",
         metavar="MODEL",
         help="smollm2-135m (fetched once), a Hugging Face folder, a .gguf file, or a hub name",
     )
-    report.add_argument("--texts", metavar="FILE", help="UTF-8 text, passages separated by blank lines (default: ours)")
-    report.add_argument("--out", metavar="FILE", default="report.html", help="default: %(default)s")
-    report.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    report.add_argument(
+    parser.add_argument("--revision", help="branch, tag or commit of a hub name")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument(
         "--backend",
         choices=("auto", "hooked_transformer", "bridge"),
         default="auto",
         help="default: %(default)s",
     )
-    report.add_argument(
+    parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s"
     )
-    report.add_argument(
+    parser.add_argument(
         "--prepend-bos",
         action=argparse.BooleanOptionalAction,
         help="put a beginning-of-sequence token in front of each text (default: the tokenizer's habit)",
     )
-    report.add_argument(
-        "--threshold", metavar="NORM", type=_threshold, default="auto", help="a norm, or auto (default)"
-    )
-    report.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    report.set_defaults(run=_report)
-    return parser
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
 def _threshold(text: str) -> float | str:
@@ -84,20 +136,11 @@ def _threshold(text: str) -> float | str:
 
 
 def _report(options: argparse.Namespace) -> int:
-    import torch  # slow to import, and not needed for --help
+    from sd_lens import write_report  # slow to import, and not needed for --help
 
-    from sd_lens import load_model, read_texts, write_report
-
-    texts = None if options.texts is None else read_texts(options.texts)
-    model = load_model(
-        options.model,
-        backend=options.backend,
-        device=options.device,
-        dtype=getattr(torch, options.dtype),
-        trust_remote_code=options.trust_remote_code,
-    )
+    texts = _texts(options)
     sentences = write_report(
-        model,
+        _model(options),
         options.out,
         texts,
         prepend_bos=options.prepend_bos,
@@ -108,6 +151,70 @@ def _report(options: argparse.Namespace) -> int:
         print(html.unescape(sentence))
     print(f"\nThe report is in {os.path.abspath(options.out)}")
     return 0
+
+
+def _signature(options: argparse.Namespace) -> int:
+    from sd_lens import signature
+
+    texts = _texts(options)
+    found = signature(_model(options), texts, prepend_bos=options.prepend_bos)
+    found.save(options.out)
+    print(found)
+    print(f"\nThe signature is in {os.path.abspath(options.out)}")
+    return 0
+
+
+def _lineage(options: argparse.Namespace) -> int:
+    from sd_lens import Signature, lineage
+
+    found = lineage(
+        {name: Signature.load(file) for name, file in _names(options.files).items()},
+        false_positive_rate=options.false_positive_rate,
+    )
+    digits = {"angle": 2, "threshold": 2, "shared": 0, "required": 0, "log10_p": 1, "spectral_distance": 4}
+    formatters = {column: partial(_shown, digits=n) for column, n in digits.items()}
+    print(found.to_dataframe().astype(dict.fromkeys(digits, float)).to_string(index=False, formatters=formatters))
+    print()
+    print(found)
+    return 0
+
+
+def _shown(x: float, digits: int) -> str:
+    return "-" if math.isnan(x) else f"{x:.{digits}f}"
+
+
+def _names(files: Sequence[str]) -> dict[str, str]:
+    """Files by their names without ending, or as they were given where two would be the same.
+
+    Raises:
+        InputError: for a file that is given twice.
+    """
+    for file in files:
+        if files.count(file) > 1:
+            raise InputError(f"{file} is given twice: a model is compared with others, not with itself")
+    stems = [os.path.splitext(os.path.basename(file))[0] for file in files]
+    return {file if stems.count(stem) > 1 else stem: file for stem, file in zip(stems, files, strict=True)}
+
+
+def _texts(options: argparse.Namespace) -> list[str] | None:
+    from sd_lens import read_texts
+
+    return None if options.texts is None else read_texts(options.texts)
+
+
+def _model(options: argparse.Namespace) -> Any:
+    import torch
+
+    from sd_lens import load_model
+
+    return load_model(
+        options.model,
+        backend=options.backend,
+        device=options.device,
+        dtype=getattr(torch, options.dtype),
+        trust_remote_code=options.trust_remote_code,
+        revision=options.revision,
+    )
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

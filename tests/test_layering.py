@@ -7,7 +7,18 @@ import pytest
 
 import sd_lens
 
-LAYERS = ["errors", "storage", "models", "linear", "observations", "explanations", "applications", "figures", "report", "cli"]
+LAYERS = [
+    "errors",
+    "storage",
+    "models",
+    "linear",
+    "observations",
+    "explanations",
+    "applications",
+    "figures",
+    "report",
+    "cli",
+]
 ROOT = Path(sd_lens.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 

@@ -8,18 +8,9 @@ from sd_lens.models.blocks import block_weights
 from tests import planted, tiny
 
 
-@torch.no_grad()
-def exploding_when_initial():
-    """The planted GPT-2, with attention of one block writing the marker: every lone token explodes."""
-    defect = planted.gpt2()
-    attention = defect.hf_model.transformer.h[planted.EXPLOSION].attn.c_proj
-    attention.bias[0] = 30
-    return defect
-
-
 @pytest.fixture
 def model(backend):
-    return tiny.wrap(exploding_when_initial().hf_model, backend, with_tokenizer=True)
+    return tiny.wrap(planted.exploding_when_initial().hf_model, backend, with_tokenizer=True)
 
 
 def test_a_planted_explosion_is_forecast_with_its_blocks_direction_and_token(model):
@@ -68,6 +59,17 @@ def test_without_an_explosion_there_is_no_direction_and_no_score(backend):
     assert scored.vocabulary.initial.notna().all()
 
 
+def test_without_scores_the_rest_is_the_same(model):
+    found, whole = forecast(model, scores=False, progress=False), forecast(model, progress=False)
+    assert torch.equal(found.direction, whole.direction)
+    assert found.explosion_layers == whole.explosion_layers
+    assert found.score_layer is None
+    assert found.vocabulary.drop(columns=["initial", "non_initial"]).equals(
+        whole.vocabulary.drop(columns=["initial", "non_initial"])
+    )
+    assert found.vocabulary[["initial", "non_initial"]].isna().all(axis=None)
+
+
 def test_scores_are_coefficients_on_the_leading_right_singular_vector(backend):
     from sd_lens.linear.approximations import gaussian_fit, norm_map
     from sd_lens.linear.maps import identity_like
@@ -91,7 +93,7 @@ def test_scores_are_coefficients_on_the_leading_right_singular_vector(backend):
 
 
 def test_untrained_tokens_are_set_apart():
-    hf_model = exploding_when_initial().hf_model
+    hf_model = planted.exploding_when_initial().hf_model
     with torch.no_grad():
         hf_model.transformer.wte.weight[11:14] = 0
         hf_model.transformer.wpe.weight[0] = 0
