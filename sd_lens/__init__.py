@@ -2,19 +2,22 @@
 
 `load_model` brings a model, `find_high_norm_tokens` observes it, `singular_defects` predicts the direction
 of its exploding tokens from the weights alone, `attribute` says who wrote their norm, `ablate` and `patch`
-prove it, `figures` draws, and `write_report` does all of it.
+prove it, `signature` and `lineage` say which models share a base, `figures` draws, and `write_report` does all of it.
 """
 
 from importlib.metadata import version
 
 from sd_lens import errors, figures
+from sd_lens.applications.lineage import Lineage, lineage
 from sd_lens.applications.quantization import quantize
 from sd_lens.applications.quantization_report import QuantizationReport, quantization_report
 from sd_lens.applications.rounding_forecast import RoundingForecast, forecast_rounding
 from sd_lens.applications.schemes import QuantizationScheme
+from sd_lens.applications.signatures import Signature, signature
 from sd_lens.applications.smoothing import SmoothingFactors, smoothing_factors
 from sd_lens.applications.spare_list import SpareList, spare_list
 from sd_lens.applications.sparing_search import SparingSearch, search_spared_layers
+from sd_lens.applications.trajectory import SignatureTrajectory, signature_trajectory
 from sd_lens.explanations.ablation import Ablation, ablate
 from sd_lens.explanations.attribution import Attribution, Faithfulness, attribute
 from sd_lens.explanations.components import Component
@@ -77,6 +80,7 @@ __all__ = [
     "Forecast",
     "HighNormTokens",
     "Jacobian",
+    "Lineage",
     "MassiveActivations",
     "NeuronAttribution",
     "NormScan",
@@ -87,6 +91,8 @@ __all__ = [
     "QuantizationScheme",
     "RoundingForecast",
     "RouterWeighted",
+    "Signature",
+    "SignatureTrajectory",
     "SingularDefects",
     "SingularSpectra",
     "SingularTriples",
@@ -119,6 +125,7 @@ __all__ = [
     "find_high_norm_tokens",
     "forecast",
     "forecast_rounding",
+    "lineage",
     "load_model",
     "massive_activations",
     "observe_behaviour",
@@ -130,6 +137,8 @@ __all__ = [
     "read_texts",
     "scan_norms",
     "search_spared_layers",
+    "signature",
+    "signature_trajectory",
     "singular_defects",
     "singular_spectra",
     "sinks_without",

@@ -18,9 +18,9 @@ class Planted:
     texts: torch.Tensor
 
 
-def _direction():
+def _direction(seed=0):
     """A unit vector without the marker's coordinate and without mean (LayerNorm removes the mean)."""
-    v = torch.randn(WIDTH, generator=torch.Generator().manual_seed(5))
+    v = torch.randn(WIDTH, generator=torch.Generator().manual_seed(5 + seed))
     v[0] = 0
     v[1:] -= v[1:].mean()
     return v / v.norm()
@@ -34,20 +34,20 @@ def _texts():
     return texts
 
 
-def _marked_embeddings(weight):
+def _marked_embeddings(weight, direction):
     weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(7)))
     weight[:, 0] = 0
     weight[TOKEN, 0] = 6
-    direction = _direction()
     weight -= torch.outer(weight @ direction, direction)  # only the planted token ever gets any of it
 
 
 @torch.no_grad()
-def llama():
+def llama(seed=0):
+    """Another seed is another model: other weights, another direction."""
     model = tiny.llama(hidden_size=WIDTH, num_hidden_layers=N_LAYERS, head_dim=16)
-    tiny.randomised(model, scale=0.02)
-    _marked_embeddings(model.model.embed_tokens.weight)
-    direction = _direction()
+    tiny.randomised(model, seed, scale=0.02)
+    direction = _direction(seed)
+    _marked_embeddings(model.model.embed_tokens.weight, direction)
     marker = torch.nn.functional.one_hot(torch.tensor(0), WIDTH).float()
     explosion, decay = model.model.layers[EXPLOSION].mlp, model.model.layers[DECAY].mlp
     explosion.gate_proj.weight[3] = explosion.up_proj.weight[3] = 1.5 * marker
@@ -63,8 +63,8 @@ def llama():
 def gpt2():
     model = tiny.gpt2(n_embd=WIDTH, n_layer=N_LAYERS)
     tiny.randomised(model, scale=0.02)
-    _marked_embeddings(model.transformer.wte.weight)
     direction = _direction()
+    _marked_embeddings(model.transformer.wte.weight, direction)
     marker = torch.nn.functional.one_hot(torch.tensor(0), WIDTH).float()
     explosion, decay = model.transformer.h[EXPLOSION].mlp, model.transformer.h[DECAY].mlp
     explosion.c_fc.weight[:, 3] = 3 * marker

@@ -42,9 +42,10 @@ class Forecast:
             blocks. None without any.
         norms: median norm of the probes after each block, on the initial path.
         ordinary_norms: the same on the non-initial path.
-        score_layer: the block whose MLP the tokens' scores are about, None without any explosion.
+        score_layer: the block whose MLP the tokens' scores are about, None if there are none: without any
+            explosion, or if they were not asked for.
         vocabulary: token_id, token, embedding_norm, untrained, initial, non_initial: the last two are the scores, NaN
-            without any explosion. The score of a token is the coefficient of that MLP's input (behind its norm) on
+            if there are none. The score of a token is the coefficient of that MLP's input (behind its norm) on
             the leading right singular vector of the MLP's linear map, positive on the side that writes more.
         n_probes: how many random embeddings were followed.
         model_name: as TransformerLens calls the model.
@@ -73,7 +74,13 @@ class Forecast:
 
 @torch.no_grad()
 def forecast(
-    model: Any, *, score_layer: int | None = None, n_probes: int = 256, seed: int = 0, progress: bool = True
+    model: Any,
+    *,
+    score_layer: int | None = None,
+    scores: bool = True,
+    n_probes: int = 256,
+    seed: int = 0,
+    progress: bool = True,
 ) -> Forecast:
     """Forecast explosion and decay from the weights alone: no text is run.
 
@@ -84,6 +91,7 @@ def forecast(
     Args:
         model: a `HookedTransformer` or `TransformerBridge`, folded or not.
         score_layer: the 0-based block of the scores; the first explosion block by default.
+        scores: False leaves the tokens' scores NaN, and takes a fraction of the time.
         n_probes: how many random embeddings; at least 16.
         seed: of the random embeddings.
         progress: show a progress bar.
@@ -108,9 +116,10 @@ def forecast(
     initial, norms, ordinary, direction = _follow(blocks, probes.to(blocks[0].W_in.device), progress)
     if score_layer is None and initial.explosion_layers:
         score_layer = initial.explosion_layers[0]
-    scores = torch.full((2, len(ids)), torch.nan, dtype=torch.float64)
+    score_layer = score_layer if scores else None
+    coefficients = torch.full((2, len(ids)), torch.nan, dtype=torch.float64)
     if score_layer is not None:
-        scores = _scores(model, blocks[: score_layer + 1], ids, probes, progress)
+        coefficients = _scores(model, blocks[: score_layer + 1], ids, probes, progress)
     return Forecast(
         explosion_layers=initial.explosion_layers,
         decay_layers=initial.decay_layers,
@@ -124,8 +133,8 @@ def forecast(
                 "token": pd.Series(token_strings(model, ids), dtype="str"),
                 "embedding_norm": lengths.numpy(),
                 "untrained": untrained.numpy(),
-                "initial": scores[0].numpy(),
-                "non_initial": scores[1].numpy(),
+                "initial": coefficients[0].numpy(),
+                "non_initial": coefficients[1].numpy(),
             }
         ),
         n_probes=n_probes,

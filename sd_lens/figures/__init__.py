@@ -16,6 +16,7 @@ from sd_lens.figures.interventions import ablation_heatmap, faithfulness_scatter
 from sd_lens.figures.massive import massive_channels, write_sparsity, zeroed_norms
 from sd_lens.figures.norms import layer_norms, norm_heatmap, norm_surface
 from sd_lens.figures.quantization import outlier_ratios, quantization_bars, rounding_sensitivity
+from sd_lens.figures.signatures import lineage_dendrogram, lineage_heatmap, signature_trajectory
 from sd_lens.figures.sinks import key_value_norms, sink_map, sinks_before_and_after
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "forecast_norms",
     "key_value_norms",
     "layer_norms",
+    "lineage_dendrogram",
+    "lineage_heatmap",
     "massive_channels",
     "neuron_bars",
     "norm_heatmap",
@@ -40,6 +43,7 @@ __all__ = [
     "predicted_norms",
     "quantization_bars",
     "rounding_sensitivity",
+    "signature_trajectory",
     "singular_spectra",
     "singular_values",
     "sink_map",

@@ -59,6 +59,17 @@ def test_without_an_explosion_there_is_no_direction_and_no_score(backend):
     assert scored.vocabulary.initial.notna().all()
 
 
+def test_without_scores_the_rest_is_the_same(model):
+    found, whole = forecast(model, scores=False, progress=False), forecast(model, progress=False)
+    assert torch.equal(found.direction, whole.direction)
+    assert found.explosion_layers == whole.explosion_layers
+    assert found.score_layer is None
+    assert found.vocabulary.drop(columns=["initial", "non_initial"]).equals(
+        whole.vocabulary.drop(columns=["initial", "non_initial"])
+    )
+    assert found.vocabulary[["initial", "non_initial"]].isna().all(axis=None)
+
+
 def test_scores_are_coefficients_on_the_leading_right_singular_vector(backend):
     from sd_lens.linear.approximations import gaussian_fit, norm_map
     from sd_lens.linear.maps import identity_like

@@ -112,6 +112,11 @@ def use_write_report(model):
         sd_lens.write_report(model, Path(folder) / "report.html", planted.llama().texts[:14], progress=False)
 
 
+def use_quantize(model):
+    with sd_lens.quantize(model, [1]):
+        model(TOKENS)
+
+
 USES = {
     "write_report": use_write_report,
     "scan_norms": lambda model: scan_norms(model, [TOKENS], progress=False),
@@ -133,6 +138,16 @@ USES = {
         model, sd_lens.explosion_path(model, 1, 3.0, progress=False), TOKENS, progress=False
     ),
     "explosion_subspace": lambda model: sd_lens.explosion_subspace(model, 1, progress=False),
+    "quantize": use_quantize,
+    "perplexity": lambda model: sd_lens.perplexity(model, TOKENS, progress=False),
+    "quantization_report": lambda model: sd_lens.quantization_report(model, TOKENS, [1], n_controls=1, progress=False),
+    "search_spared_layers": lambda model: sd_lens.search_spared_layers(model, TOKENS, steps=1, progress=False),
+    "forecast_rounding": lambda model: sd_lens.forecast_rounding(model, n_probes=16, progress=False),
+    "smoothing_factors": lambda model: sd_lens.smoothing_factors(model, TOKENS, progress=False),
+    "spare_list": lambda model: sd_lens.spare_list(model, [1]),
+    "activation_outliers": lambda model: sd_lens.activation_outliers(model, TOKENS, progress=False),
+    "signature": lambda model: sd_lens.signature(model, TOKENS, progress=False),
+    "signature_trajectory": lambda model: sd_lens.signature_trajectory([("last", model)], progress=False),
     "observe_behaviour": lambda model: sd_lens.observe_behaviour(model, [TOKENS], progress=False),
     "attribute": lambda model: sd_lens.attribute(model, TOKENS[0], 2),
     "attribute_corpus": lambda model: sd_lens.attribute_corpus(model, TOKENS, 2, verify_tokens=1, progress=False),
@@ -154,7 +169,7 @@ USES_OF_MIXTURES = {
     "capture_router_weights": lambda model: sd_lens.capture_router_weights(model, TOKENS, progress=False),
     "expert_defects": lambda model: sd_lens.expert_defects(model, progress=False),
 }
-WITHOUT_A_MODEL = {"default_texts", "read_texts"}
+WITHOUT_A_MODEL = {"default_texts", "lineage", "read_texts"}
 
 
 @pytest.mark.parametrize("name", USES)
