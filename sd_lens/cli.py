@@ -1,9 +1,10 @@
-"""The command line: `sd-lens report MODEL`, `sd-lens signature MODEL`, `sd-lens lineage FILES`."""
+"""The command line: `sd-lens report`, `spare` and `signature` of a model, `sd-lens lineage` of signatures."""
 
 from __future__ import annotations
 
 import argparse
 import html
+import json
 import os
 import sys
 import warnings
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
+from sd_lens.applications.spare_list import FORMATS
 from sd_lens.errors import InputError, SdLensError
 
 _DESCRIPTION = "Where do a language model's high-norm tokens come from?"
@@ -19,6 +21,7 @@ _EPILOG = """examples:
   sd-lens report gpt2 --prepend-bos --out gpt2.html
   sd-lens report ./my-finetune --texts prose.txt --backend bridge
   sd-lens report model.Q4_1.gguf --device cuda
+  sd-lens spare smollm2-135m --format bitsandbytes
   sd-lens signature smollm2-135m -o base.safetensors
   sd-lens lineage base.safetensors finetune.safetensors
 
@@ -47,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sd-lens {version('sd_lens')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_report(commands)
+    _add_spare(commands)
     _add_signature(commands)
     _add_lineage(commands)
     return parser
@@ -65,7 +69,34 @@ def _add_report(commands: Any) -> None:
     report.add_argument(
         "--threshold", metavar="NORM", type=_threshold, default="auto", help="a norm, or auto (default)"
     )
+    report.add_argument(
+        "--quantize",
+        action="store_true",
+        help="also measure what 8-bit quantization costs, and what sparing W_out buys",
+    )
     report.set_defaults(run=_report)
+
+
+def _add_spare(commands: Any) -> None:
+    spare = commands.add_parser(
+        "spare",
+        help="name the modules that quantization should keep in high precision",
+        description="Name the modules (the W_out of blocks where norms explode or decay) that quantization should keep "
+        "in high precision, as a quantizer takes them.",
+    )
+    _add_model(spare)
+    spare.add_argument(
+        "--format",
+        choices=("names", *FORMATS),
+        default="names",
+        help="names, one a line (default), or the argument of a quantizer as JSON",
+    )
+    which = spare.add_mutually_exclusive_group()
+    which.add_argument(
+        "--layers", metavar="L,L,...", type=_layers, help="blocks, 0-based (default: by the weights alone)"
+    )
+    which.add_argument("--texts", metavar="FILE", help="blocks where norms explode or decay in these texts")
+    spare.set_defaults(run=_spare)
 
 
 def _add_signature(commands: Any) -> None:
@@ -133,6 +164,10 @@ def _threshold(text: str) -> float | str:
     return text if text == "auto" else float(text)
 
 
+def _layers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
 def _report(options: argparse.Namespace) -> int:
     from sd_lens import write_report  # slow to import, and not needed for --help
 
@@ -143,11 +178,34 @@ def _report(options: argparse.Namespace) -> int:
         texts,
         prepend_bos=options.prepend_bos,
         threshold=options.threshold,
+        quantize=options.quantize,
         texts_name=options.texts,
     )
     for sentence in sentences:
         print(html.unescape(sentence))
     print(f"\nThe report is in {os.path.abspath(options.out)}")
+    return 0
+
+
+def _spare(options: argparse.Namespace) -> int:
+    from sd_lens import find_high_norm_tokens, forecast, spare_list
+
+    texts = _texts(options)
+    model = _model(options)
+    if options.layers is not None:
+        found = options.layers
+    elif texts is not None:
+        found = find_high_norm_tokens(model, texts, prepend_bos=options.prepend_bos)
+    else:
+        found = forecast(model)
+    spared = spare_list(model, found)
+    if options.layers is None:
+        print(f"note: {found}", file=sys.stderr)
+    print(
+        "\n".join(spared.modules)
+        if options.format == "names"
+        else json.dumps(spared.arguments(options.format), indent=2)
+    )
     return 0
 
 

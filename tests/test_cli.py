@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -133,6 +134,81 @@ def test_model_options_reach_load_model(monkeypatch, tmp_path, capsys):
         {"backend": "auto", "device": None, "dtype": torch.float32, "trust_remote_code": True, "revision": "step1"},
     )
     assert "a sentence" in capsys.readouterr().out
+
+
+@pytest.fixture
+def exploding_folder(tmp_path):
+    where = tmp_path / "exploding"
+    planted.exploding_when_initial().hf_model.save_pretrained(where)
+    tiny.tokenizer().save_pretrained(where)
+    return where
+
+
+def test_spare_names_modules_by_the_weights_alone(exploding_folder, capsys):
+    assert run("spare", exploding_folder, "--device", "cpu") == 0
+    printed = capsys.readouterr()
+    assert printed.out == "transformer.h.2.mlp.c_proj\ntransformer.h.4.mlp.c_proj\n"
+    assert printed.err.count("note: Forecast of") == 1
+
+
+def test_spare_prints_what_a_quantizer_takes(exploding_folder, backend, capsys):
+    modules = ["transformer.h.1.mlp.c_proj", "transformer.h.5.mlp.c_proj", "lm_head"]
+    expected = {
+        "bitsandbytes": {"llm_int8_skip_modules": modules},
+        "transformers": {"modules_to_not_convert": modules},
+        "llm-compressor": {"ignore": modules},
+        "gptqmodel": {"dynamic": {rf"-:^transformer\.h\.{layer}\.mlp\.c_proj$": {} for layer in (1, 5)}},
+    }
+    for quantizer, arguments in expected.items():
+        assert run("spare", exploding_folder, "--layers", "5,1", "--format", quantizer, "--backend", backend) == 0
+        printed = capsys.readouterr()
+        assert json.loads(printed.out) == arguments
+        assert "note: " not in printed.err.replace("note: the", "")
+
+
+def test_spare_can_look_at_texts(folder, texts, capsys):
+    assert run("spare", folder, "--texts", texts) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "model.layers.2.mlp.down_proj\nmodel.layers.4.mlp.down_proj\n"
+    assert "HighNormTokens: " in printed.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layers", "6"], "sd-lens: block 6 does not exist: the model has blocks 0 to 5\n"),
+        ([], "sd-lens: there is nothing to spare: no block explodes or decays; name the blocks to spare\n"),
+        (["--texts", "none.txt"], "sd-lens: cannot read the texts of none.txt: "),
+    ],
+)
+def test_what_cannot_be_spared_is_one_sentence(tmp_path, options, message, capsys):
+    where = tmp_path / "flat"
+    tiny.llama(num_hidden_layers=6).save_pretrained(where)
+    tiny.tokenizer().save_pretrained(where)
+    assert run("spare", where, *options) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines(keepends=True)[-1].startswith(message)
+
+
+def test_experts_cannot_be_spared(tmp_path, capsys):
+    where = tmp_path / "experts"
+    tiny.mixtral().save_pretrained(where)
+    tiny.tokenizer().save_pretrained(where)
+    assert run("spare", where, "--layers", "0") == 1
+    assert "sd-lens: not supported yet: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["spare"], ["spare", "m", "--format", "awq"], ["spare", "m", "--layers", "one"],
+     ["spare", "m", "--layers", "1", "--texts", "t.txt"]],
+)  # fmt: skip
+def test_wrong_usage_of_spare_is_exit_code_two(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 2
+    assert "usage: sd-lens spare" in capsys.readouterr().err
 
 
 def test_signatures_are_written_and_compared(folder, texts, tmp_path, capsys):

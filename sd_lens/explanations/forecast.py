@@ -14,19 +14,21 @@ from tqdm.auto import tqdm
 
 from sd_lens.errors import InputError, NumericalError
 from sd_lens.linear.approximations import neuron_map
-from sd_lens.linear.lone_token import after_block, lone_attention, mlp_input, mlp_write
+from sd_lens.linear.lone_token import after_block, lone_attention, mlp_input, mlp_output, mlp_write
 from sd_lens.linear.maps import computing_dtype
 from sd_lens.linear.spectra import leading_triples
-from sd_lens.models.blocks import BlockWeights, check_layer, wanted_blocks
-from sd_lens.models.hooks import run_with_hooks
+from sd_lens.models.blocks import check_layer, wanted_blocks
+from sd_lens.models.views import BlockWeights
 from sd_lens.observations.high_norm import TokenGroup, growth_of, token_group
 from sd_lens.observations.histograms import NormHistogram, norm_gaps
 from sd_lens.observations.texts import token_strings
-
-UNTRAINED = 0.1
-"""Tokens whose embedding is shorter than this share of the mean are left out of means and ranks (Wang et al. 2025)."""
-
-_TOKENS_AT_ONCE = 2048
+from sd_lens.observations.vocabulary import (
+    TOKENS_AT_ONCE,
+    embedding_norms,
+    embeddings,
+    is_untrained,
+    random_embeddings,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +46,7 @@ class Forecast:
             explosion, or if they were not asked for.
         vocabulary: token_id, token, embedding_norm, untrained, initial, non_initial: the last two are the scores, NaN
             if there are none. The score of a token is the coefficient of that MLP's input (behind its norm) on
-            the leading right singular vector of the MLP's linear map, positive on the side that explodes.
+            the leading right singular vector of the MLP's linear map, positive on the side that writes more.
         n_probes: how many random embeddings were followed.
         model_name: as TransformerLens calls the model.
     """
@@ -108,12 +110,9 @@ def forecast(
     blocks = wanted_blocks(model, None)
     dtype = computing_dtype(blocks[0].W_in.dtype)
     ids = torch.arange(model.cfg.d_vocab)
-    lengths = torch.cat(
-        [_embeddings(model, part, dtype).double().norm(dim=1).cpu() for part in ids.split(_TOKENS_AT_ONCE)]
-    )
-    untrained = lengths < UNTRAINED * lengths.mean()
-    probes = torch.randn(n_probes, model.cfg.d_model, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-    probes = probes / probes.norm(dim=1, keepdim=True) * float(lengths[~untrained].mean())
+    lengths = embedding_norms(model)
+    untrained = is_untrained(lengths)
+    probes = random_embeddings(n_probes, model.cfg.d_model, float(lengths[~untrained].mean()), dtype, seed=seed)
     initial, norms, ordinary, direction = _follow(blocks, probes.to(blocks[0].W_in.device), progress)
     if score_layer is None and initial.explosion_layers:
         score_layer = initial.explosion_layers[0]
@@ -143,14 +142,8 @@ def forecast(
     )
 
 
-def _embeddings(model: Any, ids: Tensor, dtype: torch.dtype) -> Float[Tensor, "token d_model"]:
-    """The streams in front of block 0 of one-token texts."""
-    seen: list[Tensor] = []
-    run_with_hooks(model, ids[:, None], {"blocks.0.hook_resid_pre": lambda x: seen.append(x[:, 0].to(dtype))})
-    return seen[0]
-
-
-def _without_attention(block: BlockWeights, x: Tensor) -> Tensor:
+def without_attention(block: BlockWeights, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
+    """The streams after a block whose attention writes nothing: the non-initial path."""
     return x + mlp_write(block, x)
 
 
@@ -161,7 +154,7 @@ def _follow(
     lone, plain = probes, probes
     states, ordinary = [lone], [plain.double().norm(dim=1)]
     for block in tqdm(blocks, desc="forecast", unit="block", disable=not progress, leave=False):
-        lone, plain = after_block(block, lone), _without_attention(block, plain)
+        lone, plain = after_block(block, lone), without_attention(block, plain)
         if not (torch.isfinite(lone).all() and torch.isfinite(plain).all()):
             raise NumericalError(f"a probe's stream is not finite after block {block.layer}")
         states.append(lone)
@@ -197,19 +190,21 @@ def _scores(
     def initial(x: Tensor) -> Tensor:
         for block in before:
             x = after_block(block, x)
-        return mlp_input(last, x if last.parallel else x + lone_attention(last, x)) @ v1
+        return mlp_input(last, x if last.parallel else x + lone_attention(last, x))
 
     def non_initial(x: Tensor) -> Tensor:
         for block in before:
-            x = _without_attention(block, x)
-        return mlp_input(last, x) @ v1
+            x = without_attention(block, x)
+        return mlp_input(last, x)
 
-    # The side of v1 on which the random embeddings of the initial path, which explode, lie.
-    side = torch.sign(initial(probes.to(v1.device)).median())
+    # The side of v1 on which inputs as long as those of the probes make the MLP write more.
+    length = initial(probes.to(v1.device)).norm(dim=1).median()
+    ahead, behind = mlp_output(last, length * torch.stack([v1, -v1])).norm(dim=1)
+    v1 = v1 if ahead >= behind else -v1
     paths: tuple[Callable[[Tensor], Tensor], ...] = (initial, non_initial)
     found = [
-        torch.stack([side * path(x) for path in paths]).double().cpu()
-        for part in tqdm(ids.split(_TOKENS_AT_ONCE), desc="vocabulary", unit="part", disable=not progress, leave=False)
-        for x in (_embeddings(model, part, probes.dtype),)
+        torch.stack([path(x) @ v1 for path in paths]).double().cpu()
+        for part in tqdm(ids.split(TOKENS_AT_ONCE), desc="vocabulary", unit="part", disable=not progress, leave=False)
+        for x in (embeddings(model, part, probes.dtype),)
     ]
     return torch.cat(found, dim=1)

@@ -43,7 +43,7 @@ class Behaviour:
     @property
     def perplexity(self) -> float:
         """The exponential of the loss; inf where float64 has no such number (from 709.8 nats on)."""
-        return math.inf if self.loss > math.log(sys.float_info.max) else math.exp(self.loss)
+        return perplexity_of(self.loss)
 
     @property
     def sink_rate(self) -> float:
@@ -152,6 +152,11 @@ def observe_behaviour(
     ):  # fmt: skip
         sums.run(batch)
     return sums.result()
+
+
+def perplexity_of(loss: float) -> float:
+    """The exponential of a loss in nats; inf where float64 has no such number (from 709.8 nats on)."""
+    return math.inf if loss > math.log(sys.float_info.max) else math.exp(loss)
 
 
 def next_token_loss(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> tuple[float, int]:

@@ -16,8 +16,9 @@ from sd_lens.errors import InputError, NumericalError
 from sd_lens.linear.captured import Captured, LeastSquares
 from sd_lens.linear.lone_token import normalized
 from sd_lens.linear.maps import computing_dtype
-from sd_lens.models.blocks import BlockWeights, wanted_blocks
+from sd_lens.models.blocks import wanted_blocks
 from sd_lens.models.hooks import Callback, run_with_hooks
+from sd_lens.models.views import BlockWeights
 from sd_lens.observations.norms import not_finite
 from sd_lens.observations.texts import Batch, Texts, batches
 
@@ -106,7 +107,7 @@ class BlockFits:
         found: dict[str, Tensor] = {}
 
         def observe(name: str, activation: Tensor) -> None:
-            found[name] = _real_rows(activation.detach(), batch.real)
+            found[name] = real_rows(activation.detach(), batch.real)
             if not torch.isfinite(found[name]).all():
                 raise NumericalError(not_finite(name, batch, activation.dtype))
             if len(found) == len(names):
@@ -126,6 +127,6 @@ class BlockFits:
         return self.norm.solve(ridge).to(dtype), self.neurons.solve(ridge).to(dtype)
 
 
-def _real_rows(activation: Float[Tensor, "*batch_pos d"], real: Bool[Tensor, "batch pos"]) -> Float[Tensor, "n d"]:
+def real_rows(activation: Float[Tensor, "*shape"], real: Bool[Tensor, "batch pos"]) -> Float[Tensor, "n features"]:
     """A copy of the activations of a batch's real tokens; the bridge has the MLP of OPT run on `[batch * pos]`."""
     return activation.reshape(real.numel(), -1)[real.flatten().to(activation.device)]

@@ -118,3 +118,9 @@ def test_bad_arguments_are_named(tiny_llama):
         tiny_llama.blocks[1].mlp.W_out[:] = torch.nan
     with pytest.raises(NumericalError, match="not finite after block 1"):
         forecast(tiny_llama, progress=False)
+
+
+def test_the_planted_token_has_the_largest_score(planted_defect, backend):
+    """Whichever sign the singular vector comes with, and though most probes do not explode."""
+    found = forecast(tiny.wrap(planted_defect.hf_model, backend), score_layer=planted.EXPLOSION, progress=False)
+    assert found.vocabulary.initial.idxmax() == found.vocabulary.non_initial.idxmax() == planted.TOKEN
