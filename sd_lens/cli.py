@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import html
 import json
-import math
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -230,15 +228,12 @@ def _lineage(options: argparse.Namespace) -> int:
         false_positive_rate=options.false_positive_rate,
     )
     digits = {"angle": 2, "threshold": 2, "shared": 0, "required": 0, "log10_p": 1, "spectral_distance": 4}
-    formatters = {column: partial(_shown, digits=n) for column, n in digits.items()}
-    print(found.to_dataframe().astype(dict.fromkeys(digits, float)).to_string(index=False, formatters=formatters))
+    formatters = {column: f"{{:.{n}f}}".format for column, n in digits.items()}
+    table = found.to_dataframe().astype(dict.fromkeys(digits, float))
+    print(table.to_string(index=False, na_rep="-", formatters=formatters))
     print()
     print(found)
     return 0
-
-
-def _shown(x: float, digits: int) -> str:
-    return "-" if math.isnan(x) else f"{x:.{digits}f}"
 
 
 def _names(files: Sequence[str]) -> dict[str, str]:
