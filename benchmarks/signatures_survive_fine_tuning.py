@@ -257,7 +257,8 @@ def variants_of_smollm2(folder, steps):
             + ("" if observed.verdict == forecast.verdict else f"; from weights: {forecast.verdict}"),
             flush=True,
         )
-    print(f"{false} of {n_pairs} verdicts are not those expected; {observed.required} shared channels are required")
+    required = channels_beyond_chance(math.log10(RATE / n_pairs), width)
+    print(f"{false} of {n_pairs} verdicts are not those expected; {required} shared channels are required")
     return original[0]
 
 

@@ -78,6 +78,7 @@ def lineage_dendrogram(lineage: Lineage) -> go.Figure:
         tickvals=list(range(len(names))), ticktext=names, tickangle=-40, showgrid=False, zeroline=False,
         range=[-0.6, len(names) - 0.4],
     )  # fmt: skip
+    figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"})
     figure.update_yaxes(title_text=_ANGLE_AXIS, range=[-1, 92], dtick=15)
     return figure
 
@@ -98,7 +99,7 @@ def signature_trajectory(trajectory: SignatureTrajectory) -> go.Figure:
         hovertemplate="%{x}<br>%{y:.2f} degrees from the last<extra></extra>",
     )  # fmt: skip
     figure.update_xaxes(title_text="checkpoint", type="category")
-    figure.update_yaxes(title_text="largest norm / ordinary norm", type="log", exponentformat="power")
+    figure.update_yaxes(title_text="largest norm / ordinary norm", type="log", exponentformat="power", dtick="D2")
     figure.update_layout(
         yaxis2={"title": {"text": _ANGLE_AXIS}, "overlaying": "y", "side": "right", "range": [0, 92], "dtick": 15,
                 "showgrid": False, "type": "linear"},
@@ -112,11 +113,12 @@ def _add_thresholds(figure: go.Figure, lineage: Lineage) -> None:
     """A line over the models of each width."""
     places = {lineage.names[model]: place for place, model in enumerate(lineage.order)}
     compared = lineage.table[lineage.table.angle.notna()]
-    for threshold, pairs in compared.groupby("threshold"):
+    for number, (threshold, pairs) in enumerate(compared.groupby("threshold")):
         members = [places[name] for name in pd.concat([pairs["first"], pairs["second"]])]
         figure.add_scatter(
             x=[min(members) - 0.4, max(members) + 0.4], y=[threshold, threshold], mode="lines",
-            line={"color": GREY, "dash": "dot", "width": 1.5}, showlegend=False,
+            line={"color": GREY, "dash": "dot", "width": 1.5}, showlegend=number == 0,
+            name=f"uniform random directions, false-positive rate {lineage.false_positive_rate:g}",
             hovertemplate=f"{threshold:.2f} degrees: what uniform random directions undercut at a rate of "
             f"{lineage.false_positive_rate:g} in {lineage.n_comparisons} comparisons<extra></extra>",
         )  # fmt: skip
