@@ -1,7 +1,7 @@
 """One view of a block's weights, whatever the wrapper or the architecture.
 
-This is the only module that knows how HookedTransformer and TransformerBridge store weights, and which
-architectures there are. Everything above it reads `BlockWeights`.
+This module and `linear_layers.py` alone know how HookedTransformer and TransformerBridge store weights, and which
+architectures there are. Everything above them reads `BlockWeights`, or `LinearGroup`s to quantize.
 """
 
 from __future__ import annotations
