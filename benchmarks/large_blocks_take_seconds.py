@@ -15,7 +15,7 @@ import torch
 
 from sd_lens.linear.approximations import attention_map, block_map, ffn_map
 from sd_lens.linear.spectra import leading_triples
-from sd_lens.models.blocks import BlockWeights, Norm
+from sd_lens.models.views import BlockWeights, Norm
 
 # d_model, d_mlp, heads, key-value heads, type of the weights
 SHAPES = {

@@ -8,7 +8,7 @@ import torch
 from tests import tiny
 
 TOKEN = 7
-EXPLOSION, DECAY, N_LAYERS, WIDTH = 2, 4, 6, 64
+EXPLOSION, DECAY, N_LAYERS, WIDTH, EXPERT = 2, 4, 6, 64, 1
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Planted:
     texts: torch.Tensor
 
 
-def _direction():
+def _direction(seed=0):
     """A unit vector without the marker's coordinate and without mean (LayerNorm removes the mean)."""
-    v = torch.randn(WIDTH, generator=torch.Generator().manual_seed(5))
+    v = torch.randn(WIDTH, generator=torch.Generator().manual_seed(5 + seed))
     v[0] = 0
     v[1:] -= v[1:].mean()
     return v / v.norm()
@@ -34,20 +34,20 @@ def _texts():
     return texts
 
 
-def _marked_embeddings(weight):
+def _marked_embeddings(weight, direction):
     weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(7)))
     weight[:, 0] = 0
     weight[TOKEN, 0] = 6
-    direction = _direction()
     weight -= torch.outer(weight @ direction, direction)  # only the planted token ever gets any of it
 
 
 @torch.no_grad()
-def llama():
+def llama(seed=0):
+    """Another seed is another model: other weights, another direction."""
     model = tiny.llama(hidden_size=WIDTH, num_hidden_layers=N_LAYERS, head_dim=16)
-    tiny.randomised(model, scale=0.02)
-    _marked_embeddings(model.model.embed_tokens.weight)
-    direction = _direction()
+    tiny.randomised(model, seed, scale=0.02)
+    direction = _direction(seed)
+    _marked_embeddings(model.model.embed_tokens.weight, direction)
     marker = torch.nn.functional.one_hot(torch.tensor(0), WIDTH).float()
     explosion, decay = model.model.layers[EXPLOSION].mlp, model.model.layers[DECAY].mlp
     explosion.gate_proj.weight[3] = explosion.up_proj.weight[3] = 1.5 * marker
@@ -63,8 +63,8 @@ def llama():
 def gpt2():
     model = tiny.gpt2(n_embd=WIDTH, n_layer=N_LAYERS)
     tiny.randomised(model, scale=0.02)
-    _marked_embeddings(model.transformer.wte.weight)
     direction = _direction()
+    _marked_embeddings(model.transformer.wte.weight, direction)
     marker = torch.nn.functional.one_hot(torch.tensor(0), WIDTH).float()
     explosion, decay = model.transformer.h[EXPLOSION].mlp, model.transformer.h[DECAY].mlp
     explosion.c_fc.weight[:, 3] = 3 * marker
@@ -74,6 +74,28 @@ def gpt2():
     decay.c_fc.bias[5] = -4  # the stream's 8 = sqrt(64) along the direction becomes 4, anything small nothing
     stream = _stream_before(model, DECAY)
     decay.c_proj.weight[5] = -0.9 * stream / 4 * direction
+    return Planted(model, direction, _texts())
+
+
+@torch.no_grad()
+def mixtral():
+    """One expert makes the explosion, and the router sends it the planted token; nothing decays."""
+    model = tiny.llama_like(
+        "Mixtral",
+        hidden_size=WIDTH,
+        num_hidden_layers=N_LAYERS,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    tiny.randomised(model, scale=0.02)
+    _marked_embeddings(model.model.embed_tokens.weight)
+    direction = _direction()
+    marker = torch.nn.functional.one_hot(torch.tensor(0), WIDTH).float()
+    mlp = model.model.layers[EXPLOSION].mlp
+    mlp.gate.weight[EXPERT] = marker
+    mlp.experts.gate_up_proj[EXPERT, 3] = mlp.experts.gate_up_proj[EXPERT, 48 + 3] = 1.5 * marker
+    mlp.experts.down_proj[EXPERT, :, 3] = 60 * direction
     return Planted(model, direction, _texts())
 
 
@@ -113,3 +135,37 @@ def _stream_before(model, layer):
     """The planted token's norm before a block."""
     states = model(torch.tensor([[TOKEN]]), output_hidden_states=True).hidden_states
     return float(states[layer].norm())
+
+
+SINK_LAYER, SINK_HEAD, CHANNEL = 3, 2, 11
+
+
+@torch.no_grad()
+def sink():
+    """`llama` with a head behind the explosion all of whose queries look for the direction, wherever it is."""
+    defect = llama()
+    model, direction = defect.hf_model.model, defect.direction
+    everywhere = torch.randn(WIDTH, generator=torch.Generator().manual_seed(8))
+    everywhere[0] = 0
+    everywhere -= (everywhere @ direction) * direction
+    everywhere /= everywhere.norm()
+    model.embed_tokens.weight += 4 * everywhere  # what every query reads
+    attention = model.layers[SINK_LAYER].self_attn
+    # The last pair of a head of 16 rotates by 0.0003 per position: not at all.
+    attention.q_proj.weight[16 * SINK_HEAD : 16 * (SINK_HEAD + 1)] = 0
+    attention.q_proj.weight[16 * SINK_HEAD + 7] = 1.2 * everywhere
+    attention.k_proj.weight[16:32] = 0  # the second of two key-value heads, which heads 2 and 3 read
+    attention.k_proj.weight[16 + 7] = direction
+    return defect
+
+
+@torch.no_grad()
+def through_one_weight(defect):
+    """The same explosion, written by neuron 3 into one channel alone: one massive activation, one super weight."""
+    blocks = defect.hf_model.model.layers if hasattr(defect.hf_model, "model") else defect.hf_model.transformer.h
+    mlp = blocks[EXPLOSION].mlp
+    row = mlp.down_proj.weight[:, 3] if hasattr(mlp, "down_proj") else mlp.c_proj.weight[3]
+    length = row.norm()
+    row.zero_()
+    row[CHANNEL] = length
+    return Planted(defect.hf_model, torch.nn.functional.one_hot(torch.tensor(CHANNEL), WIDTH).float(), defect.texts)

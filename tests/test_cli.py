@@ -69,7 +69,15 @@ def test_our_errors_are_one_sentence_and_exit_code_one(arguments, message, capsy
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["report"], ["report", "m", "--backend", "jax"], ["report", "m", "--threshold", "high"], ["look"]],
+    [
+        [],
+        ["report"],
+        ["signature"],
+        ["lineage"],
+        ["report", "m", "--backend", "jax"],
+        ["report", "m", "--threshold", "high"],
+        ["look"],
+    ],
 )
 def test_wrong_usage_is_exit_code_two(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -92,7 +100,14 @@ def test_an_interrupt_writes_nothing(folder, texts, tmp_path, monkeypatch, capsy
 
 def test_help_reads_well_and_the_command_is_installed():
     done = subprocess.run([sys.executable, "-m", "sd_lens.cli", "--help"], capture_output=True, text=True, check=True)
-    for words in ("report", "examples:", "sd-lens report smollm2-135m", "exit codes: 0 done, 1"):
+    for words in (
+        "report",
+        "signature",
+        "lineage",
+        "examples:",
+        "sd-lens report smollm2-135m",
+        "exit codes: 0 done, 1",
+    ):
         assert words in done.stdout
     from importlib.metadata import entry_points
 
@@ -109,12 +124,15 @@ def test_model_options_reach_load_model(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sd_lens, "load_model", lambda *a, **k: asked.append((a, k)) or "a model")
     monkeypatch.setattr(sd_lens, "write_report", lambda *_, **__: ["a sentence"])
     assert run("report", "m", "--backend", "bridge", "--dtype", "bfloat16", "--device", "cpu") == 0
-    assert run("report", "m", "--trust-remote-code") == 0
+    assert run("report", "m", "--trust-remote-code", "--revision", "step1") == 0
     assert asked[0] == (
         ("m",),
-        {"backend": "bridge", "device": "cpu", "dtype": torch.bfloat16, "trust_remote_code": False},
+        {"backend": "bridge", "device": "cpu", "dtype": torch.bfloat16, "trust_remote_code": False, "revision": None},
     )
-    assert asked[1] == (("m",), {"backend": "auto", "device": None, "dtype": torch.float32, "trust_remote_code": True})
+    assert asked[1] == (
+        ("m",),
+        {"backend": "auto", "device": None, "dtype": torch.float32, "trust_remote_code": True, "revision": "step1"},
+    )
     assert "a sentence" in capsys.readouterr().out
 
 
@@ -191,3 +209,66 @@ def test_wrong_usage_of_spare_is_exit_code_two(arguments, capsys):
         run(*arguments)
     assert stop.value.code == 2
     assert "usage: sd-lens spare" in capsys.readouterr().err
+
+
+def test_signatures_are_written_and_compared(folder, texts, tmp_path, capsys):
+    first, second, untrained = (tmp_path / name for name in ("first.safetensors", "second.safetensors", "none"))
+    assert run("signature", folder, "--texts", texts, "-o", first, "--device", "cpu") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"Signature of {folder} from texts: d_model 64, explosion blocks (2,)")
+    assert printed.rstrip().endswith(f"The signature is in {first}")
+    assert run("signature", folder, "--texts", texts, "--out", second, "--backend", "bridge") == 0
+    tiny.llama(hidden_size=64, head_dim=16).save_pretrained(tmp_path / "random")
+    tiny.tokenizer().save_pretrained(tmp_path / "random")
+    assert run("signature", tmp_path / "random", "-o", untrained) == 0
+    assert "from weights: d_model 64, no high-norm tokens and so no direction" in capsys.readouterr().out
+    assert run("lineage", first, second, untrained, "--false-positive-rate", 0.01) == 0
+    lines = capsys.readouterr().out.splitlines()
+    words = ["first", "second", "angle", "threshold", "shared", "required", "log10_p", "spectral_distance", "verdict"]
+    assert lines[0].split() == words
+    assert lines[1].split()[:3] == ["first", "second", "0.00"]
+    assert lines[1].endswith(" related")
+    assert lines[2].split() == ["first", "none", *"------", "not", "comparable"]
+    assert lines[-1] == ("Lineage of 3 models: 1 of 3 pairs related, 2 not comparable; groups first, second; none")
+
+
+def test_files_of_one_name_are_told_apart_by_their_paths(folder, texts, tmp_path, capsys):
+    files = [tmp_path / name / "s.safetensors" for name in ("a", "b")]
+    for file in files:
+        file.parent.mkdir()
+        assert run("signature", folder, "--texts", texts, "-o", file) == 0
+    capsys.readouterr()
+    assert run("lineage", *files) == 0
+    assert f"groups {files[0]}, {files[1]}" in capsys.readouterr().out
+
+
+def test_signatures_of_two_widths_are_not_comparable(tmp_path, capsys):
+    from tests.applications.test_lineage import made, peaked
+
+    for width in (32, 64):
+        made(peaked(width, 0)).save(tmp_path / str(width))
+    assert run("lineage", tmp_path / "32", tmp_path / "64") == 0
+    assert "0 of 1 pairs related, 1 not comparable; groups 32; 64" in capsys.readouterr().out
+
+
+def test_bad_signature_files_are_one_sentence(folder, tmp_path, capsys):
+    from tests.applications.test_lineage import made, peaked
+
+    good, other, text = tmp_path / "good", tmp_path / "other", tmp_path / "text"
+    for file in (good, other):
+        made(peaked(32, 0)).save(file)
+    text.write_text("not a signature")
+    for arguments, message in (
+        (("lineage", good), "a lineage needs two signatures or more, not 1"),
+        (("lineage", good, good), "is given twice"),
+        (("lineage", good, text), "text is not a safetensors file of sd_lens, or is damaged"),
+        (("lineage", good, tmp_path / "gone"), "there is no file"),
+        (("lineage", good, folder / "model.safetensors"), "does not hold Signature; it holds no sd_lens result"),
+        (("lineage", good, other, "--false-positive-rate", 2), "false_positive_rate=2.0: expected a number between"),
+        (("signature", folder, "--revision", "main"), "revision='main': only a hub name has revisions"),
+        (("signature", folder, "-o", tmp_path / "none" / "s"), "cannot write"),
+    ):
+        assert run(*arguments) == 1
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert message in printed.err.splitlines()[-1]

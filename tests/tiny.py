@@ -155,6 +155,15 @@ def mixtral(seed=0):
     return llama_like("Mixtral", seed, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
 
 
+def qwen_moe(generation, **options):
+    """A mixture of experts that are narrower than a dense block's MLP; Qwen 2 has one more that all tokens share."""
+    shared = {"shared_expert_intermediate_size": 40} if generation == 2 else {"head_dim": 8}
+    return llama_like(
+        f"Qwen{generation}Moe", num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+        **shared, **options,
+    )  # fmt: skip
+
+
 def llama_like(name, seed=0, **options):
     """A small model of an architecture whose configuration has Llama's names."""
     config = getattr(transformers, f"{name}Config" if name != "Gemma3" else "Gemma3TextConfig")(
@@ -201,8 +210,21 @@ ARCHITECTURES = {
 }  # fmt: skip
 """Every supported architecture, with the variants that store or add things in another way."""
 
+MIXTURES = {
+    "mixtral": mixtral,
+    "qwen2_moe": lambda: qwen_moe(2),
+    "qwen2_moe renormalized": lambda: qwen_moe(2, norm_topk_prob=True),
+    "qwen2_moe interleaved": lambda: qwen_moe(2, mlp_only_layers=[0]),
+    "qwen3_moe": lambda: qwen_moe(3, norm_topk_prob=True),
+    "qwen3_moe interleaved": lambda: qwen_moe(3, decoder_sparse_step=2),
+}
+"""Every mixture of experts; block 1 is one, block 0 is not if interleaved."""
+
 BRIDGE_ONLY = {"phi", "falcon", "falcon sequential", "gemma", "gemma2", "gemma3", "mpt"}
 """Those that HookedTransformer does not know, or does not make from a configuration in memory."""
 
 BOOTING = [(name, backend) for name in ARCHITECTURES for backend in BACKENDS
            if backend == "bridge" or name not in BRIDGE_ONLY]  # fmt: skip
+
+BOOTING_MIXTURES = [(name, backend) for name in MIXTURES for backend in BACKENDS
+                    if backend == "bridge" or name == "mixtral"]  # fmt: skip

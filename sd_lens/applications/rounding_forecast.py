@@ -13,12 +13,12 @@ from tqdm.auto import tqdm
 
 from sd_lens.applications.schemes import W8A8, QuantizationScheme, absmax, rounded
 from sd_lens.errors import InputError, NumericalError
-from sd_lens.explanations.forecast import UNTRAINED, token_embeddings, without_attention
-from sd_lens.linear.lone_token import after_block, lone_attention, mlp_neurons
+from sd_lens.explanations.forecast import without_attention
+from sd_lens.linear.lone_token import after_block, lone_attention, mlp_input, mlp_neurons
 from sd_lens.linear.maps import computing_dtype
-from sd_lens.models.blocks import BlockWeights, wanted_blocks
-
-_TOKENS_AT_ONCE = 2048
+from sd_lens.models.blocks import wanted_blocks
+from sd_lens.models.views import BlockWeights
+from sd_lens.observations.vocabulary import embedding_norms, embeddings, is_untrained, random_embeddings
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +87,8 @@ def forecast_rounding(
     rows = []
     for block in tqdm(blocks, desc="rounding forecast", unit="block", disable=not progress, leave=False):
         read = initial if block.parallel else initial + lone_attention(block, initial)
-        peaks = mlp_neurons(block, read)
-        neurons = mlp_neurons(block, ordinary)
+        peaks = mlp_neurons(block, mlp_input(block, read))
+        neurons = mlp_neurons(block, mlp_input(block, ordinary))
         initial, ordinary = after_block(block, initial), without_attention(block, ordinary)
         if not (torch.isfinite(initial).all() and torch.isfinite(ordinary).all()):
             raise NumericalError(f"a probe's stream is not finite after block {block.layer}")
@@ -105,16 +105,11 @@ def _probes(
     model: Any, n: int, seed: int, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "probe d_model"], Float[Tensor, "token d_model"]]:
     """Random embeddings of the mean length of the vocabulary's, and random ones of its own; untrained ones left out."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.arange(model.cfg.d_vocab)
-    lengths = torch.cat(
-        [token_embeddings(model, part, dtype).double().norm(dim=1).cpu() for part in ids.split(_TOKENS_AT_ONCE)]
-    )
-    trained = lengths >= UNTRAINED * lengths.mean()
-    chosen = ids[trained][torch.randperm(int(trained.sum()), generator=generator)[:n]]
-    vocabulary = token_embeddings(model, chosen, dtype)
-    random = torch.randn(n, model.cfg.d_model, generator=generator, dtype=dtype)
-    random = random / random.norm(dim=1, keepdim=True) * float(lengths[trained].mean())
+    lengths = embedding_norms(model)
+    trained = (~is_untrained(lengths)).nonzero()[:, 0]
+    drawn = torch.randperm(len(trained), generator=torch.Generator().manual_seed(seed))[:n]
+    vocabulary = embeddings(model, trained[drawn], dtype)
+    random = random_embeddings(n, model.cfg.d_model, float(lengths[trained].mean()), dtype, seed=seed)
     return random.to(vocabulary.device), vocabulary
 
 

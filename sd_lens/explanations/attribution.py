@@ -158,15 +158,17 @@ def _check_same_text(model: Any, row: Int64[Tensor, " pos"], cache: Any) -> None
 
 
 def component_columns(components: list[Component]) -> pd.DataFrame:
-    """Label, kind, layer and head of components, one a row; and neuron, if there are any."""
+    """Label, kind, layer and head of components, one a row; and neuron and channel, if there are any."""
     columns = {
         "component": pd.Series([str(c) for c in components], dtype="str"),
         "kind": pd.Series([c.kind for c in components], dtype="str"),
         "layer": pd.array([c.layer for c in components], dtype="Int64"),
         "head": pd.array([c.index if c.kind == "head" else None for c in components], dtype="Int64"),
     }
-    if any(c.kind == "neuron" for c in components):
-        columns["neuron"] = pd.array([c.index if c.kind == "neuron" else None for c in components], dtype="Int64")
+    if any(c.kind in ("neuron", "weight") for c in components):
+        columns["neuron"] = pd.array([None if c.kind == "head" else c.index for c in components], dtype="Int64")
+    if any(c.kind == "weight" for c in components):
+        columns["channel"] = pd.array([c.channel for c in components], dtype="Int64")
     return pd.DataFrame(columns)
 
 

@@ -1,4 +1,4 @@
-"""Names of what writes to the residual stream: `embed`, `L11H3`, `L11MLP`, `L11N456`, `L11`."""
+"""Names of what writes to the residual stream: `embed`, `L11H3`, `L11MLP`, `L11N456`, `L11N456C78`, `L11`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,24 @@ from typing import Any, Literal
 from sd_lens.errors import InputError
 
 Kind = Literal[
-    "embedding", "positional embedding", "head", "attention bias", "attention", "mlp", "mlp bias", "neuron", "block"
+    "embedding",
+    "positional embedding",
+    "head",
+    "attention bias",
+    "attention",
+    "mlp",
+    "mlp bias",
+    "neuron",
+    "weight",
+    "block",
 ]
 
 _SUFFIX: dict[Kind, str] = {
     "head": "H", "attention bias": "b_O", "attention": "ATTN", "mlp": "MLP", "mlp bias": "b_out", "neuron": "N",
-    "block": "",
+    "weight": "N", "block": "",
 }  # fmt: skip
-_LABEL = re.compile(r"L(?P<layer>\d+)(?P<suffix>H|N|ATTN|MLP|b_O|b_out|)(?P<index>\d*)")
+_LABEL = re.compile(r"L(?P<layer>\d+)(?P<suffix>H|N|ATTN|MLP|b_O|b_out|)(?P<index>\d*)(?:C(?P<channel>\d+))?")
+_INDEXED: tuple[Kind, ...] = ("head", "neuron", "weight")
 
 
 @dataclass(frozen=True)
@@ -27,16 +37,22 @@ class Component:
     Attributes:
         kind: what it is.
         layer: its block, 0-based; None for embeddings.
-        index: which head or neuron; None for the others.
+        index: which head or neuron; for a weight, the neuron whose row of `W_out` it stands in; None for the others.
+        channel: where in that row a weight stands; None for the others.
     """
 
     kind: Kind
     layer: int | None = None
     index: int | None = None
+    channel: int | None = None
 
     def __post_init__(self) -> None:
-        needs_layer, needs_index = self.kind in _SUFFIX, self.kind in ("head", "neuron")
-        for name, value, needed in (("layer", self.layer, needs_layer), ("index", self.index, needs_index)):
+        needs_layer, needs_index = self.kind in _SUFFIX, self.kind in _INDEXED
+        for name, value, needed in (
+            ("layer", self.layer, needs_layer),
+            ("index", self.index, needs_index),
+            ("channel", self.channel, self.kind == "weight"),
+        ):
             if (value is None) == needed or (value is not None and value < 0):
                 raise InputError(f"a component of kind {self.kind!r} has {'a' if needed else 'no'} {name}, not {value}")
 
@@ -44,7 +60,8 @@ class Component:
         """Its label, as TransformerLens writes it where it has a word: `embed`, `pos_embed`, `L0H1`, `L0N5`."""
         if self.layer is None:
             return "embed" if self.kind == "embedding" else "pos_embed"
-        return f"L{self.layer}{_SUFFIX[self.kind]}{'' if self.index is None else self.index}"
+        channel = "" if self.channel is None else f"C{self.channel}"
+        return f"L{self.layer}{_SUFFIX[self.kind]}{'' if self.index is None else self.index}{channel}"
 
     @classmethod
     def parse(cls, label: str) -> Component:
@@ -56,14 +73,15 @@ class Component:
         if label in ("embed", "pos_embed"):
             return cls("embedding" if label == "embed" else "positional embedding")
         match = _LABEL.fullmatch(label)
-        kind = None if match is None else next(k for k, suffix in _SUFFIX.items() if suffix == match["suffix"])
-        if match is None or (kind in ("head", "neuron")) != bool(match["index"]):
+        wanted = None if match is None else (match["suffix"], bool(match["channel"]))
+        kind = next((k for k, suffix in _SUFFIX.items() if (suffix, k == "weight") == wanted), None)
+        if match is None or kind is None or (kind in _INDEXED) != bool(match["index"]):
             raise InputError(
                 f"no component is called {label!r}: expected L11H3 (head), L11ATTN, L11MLP, L11N45 (neuron), "
-                "L11 (block) or embed"
+                "L11N45C6 (weight), L11 (block) or embed"
             )
-        assert kind is not None
-        return cls(kind, int(match["layer"]), int(match["index"]) if match["index"] else None)
+        index, channel = (int(match[name]) if match[name] else None for name in ("index", "channel"))
+        return cls(kind, int(match["layer"]), index, channel)
 
 
 Components = str | Component | Iterable[str | Component]
@@ -106,7 +124,7 @@ def _check_exists(model: Any, component: Component) -> None:
         return
     if component.kind == "head" and component.index >= cfg.n_heads:
         raise InputError(f"{component} does not exist: block {component.layer} has heads 0 to {cfg.n_heads - 1}")
-    if component.kind == "neuron":
+    if component.kind in ("neuron", "weight"):
         W_out = getattr(model.blocks[component.layer].mlp, "W_out", None)
         if W_out is None or W_out.ndim != 2:
             raise InputError(f"{component} does not exist: block {component.layer} has no single matrix W_out")
@@ -114,3 +132,5 @@ def _check_exists(model: Any, component: Component) -> None:
             raise InputError(
                 f"{component} does not exist: block {component.layer} has neurons 0 to {W_out.shape[0] - 1}"
             )
+        if component.channel is not None and component.channel >= W_out.shape[1]:
+            raise InputError(f"{component} does not exist: the stream has channels 0 to {W_out.shape[1] - 1}")

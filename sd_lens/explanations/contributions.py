@@ -12,7 +12,8 @@ from torch import Tensor
 from sd_lens.errors import InputError, NotSupportedError, NumericalError
 from sd_lens.explanations.components import Component
 from sd_lens.explanations.reading import Tokens, at_tokens
-from sd_lens.models.blocks import BlockWrites, block_writes, check_layer
+from sd_lens.models.blocks import block_writes, check_layer
+from sd_lens.models.views import BlockWrites
 
 _LARGEST_ERROR = {torch.float64: 1e-9, torch.float32: 1e-4}  # half precision: below
 _LARGEST_HALF_ERROR = 0.05

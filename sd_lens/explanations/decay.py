@@ -23,7 +23,7 @@ from sd_lens.linear.approximations import (
 )
 from sd_lens.linear.eigenpairs import Part, nearest_eigenpair, rayleigh_quotient
 from sd_lens.linear.maps import diagonal
-from sd_lens.models.blocks import wanted_blocks
+from sd_lens.models.blocks import wanted_views
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,7 @@ def defect_eigenvalues(
 
     Source: Wang et al. 2025, section 3 (decay).
     """
-    blocks = wanted_blocks(model, layers)
+    blocks = wanted_views(model, layers, mixtures=isinstance(linearization, MapsOfBlocks))
     if part not in get_args(Part):
         raise InputError(f"unknown part {part!r}; expected one of {get_args(Part)}")
     pairs, quotients = [], []

@@ -26,8 +26,9 @@ from sd_lens.linear.approximations import (
     name_of,
 )
 from sd_lens.linear.spectra import LeadingTriples, leading_triples
-from sd_lens.models.blocks import BlockWeights, wanted_blocks, wanted_layers
+from sd_lens.models.blocks import wanted_layers, wanted_views
 from sd_lens.models.checkpoints import open_checkpoint
+from sd_lens.models.views import Block
 from sd_lens.storage import load_result, save_result
 
 MEANINGFUL_GAP = 1.05
@@ -175,7 +176,8 @@ def singular_defects(
             safetensors.
         layers: 0-based blocks; all by default.
         linearization: of the MLP: `"gaussian"`, the closed form, or `"sampled"`, the paper's estimator; or a
-            `Jacobian` or `Captured`, which replaces A too. docs/linearizations.md says which is for what.
+            `Jacobian` or `Captured`, which replaces A too; or a `RouterWeighted`, for mixtures of experts.
+            docs/linearizations.md says which is for what.
         convention: where the MLP's Gaussian input is drawn, `"post-gain"` (the paper's) or `"pre-gain"`; on
             a model with folded norms both are the latter.
         centered: False drops LayerNorm's centring, as the paper does.
@@ -196,23 +198,23 @@ def singular_defects(
     Source: Wang et al. 2025, section 3; the closed form is derived in docs/closed_form.md.
     """
 
-    def analysed(block: BlockWeights) -> _Analysis:
+    def analysed(block: Block) -> _Analysis:
         A, F = block_parts(
             block, linearization, convention=convention, centered=centered, n_samples=n_samples, seed=seed
         )
         L = block_map(A, F, parallel=block.parallel)
         block_triples, attention, ffn = (leading_triples(M, tol=tol, seed=seed) for M in (L, A, F))
-        return _Analysis(block_triples, attention, ffn, has_gain=_has_gain(block))
+        return _Analysis(block_triples, attention, ffn, has_gain=has_gain(block))
 
-    name, wanted, blocks = _source(model, layers)
+    name, wanted, blocks = _source(model, layers, mixtures=isinstance(linearization, MapsOfBlocks))
     # Mapped, because a loop would hold each block until it has the next.
     bar = tqdm(map(analysed, blocks), "singular defects", len(wanted), unit="block", disable=not progress, leave=False)
     found = list(bar)
     result = SingularDefects(
         layers=wanted,
-        block=_stacked([analysis.block for analysis in found]),
-        attention=_stacked([analysis.attention for analysis in found]),
-        ffn=_stacked([analysis.ffn for analysis in found]),
+        block=stacked([analysis.block for analysis in found]),
+        attention=stacked([analysis.attention for analysis in found]),
+        ffn=stacked([analysis.ffn for analysis in found]),
         model_name=name,
         linearization=name_of(linearization),
         convention=convention if any(analysis.has_gain for analysis in found) else "pre-gain",
@@ -231,17 +233,20 @@ class _Analysis:
     has_gain: bool
 
 
-def _source(model: Any, layers: Iterable[int] | None) -> tuple[str, tuple[int, ...], Iterable[BlockWeights]]:
+def _source(
+    model: Any, layers: Iterable[int] | None, *, mixtures: bool
+) -> tuple[str, tuple[int, ...], Iterable[Block]]:
     """The name of a model in memory or on disk, which of its blocks are wanted, and these."""
     if isinstance(model, str | Path):
         checkpoint = open_checkpoint(model)
         wanted = wanted_layers(checkpoint.n_layers, layers)
         return checkpoint.name, wanted, checkpoint.blocks(wanted)
-    blocks = wanted_blocks(model, layers)
+    blocks = wanted_views(model, layers, mixtures=mixtures)
     return str(getattr(model.cfg, "model_name", "model")), tuple(block.layer for block in blocks), blocks
 
 
-def _stacked(triples: list[LeadingTriples]) -> SingularTriples:
+def stacked(triples: list[LeadingTriples]) -> SingularTriples:
+    """The first triples of some maps, one a row."""
     return SingularTriples(
         left=torch.stack([t.left[:, 0] for t in triples]).cpu(),
         values=torch.cat([t.values for t in triples]),
@@ -250,7 +255,8 @@ def _stacked(triples: list[LeadingTriples]) -> SingularTriples:
     )
 
 
-def _has_gain(block: BlockWeights) -> bool:
+def has_gain(block: Block) -> bool:
+    """Whether the norm before the MLP does more than normalize."""
     gain, bias = block.mlp_norm.gain, block.mlp_norm.bias
     is_trivial = gain is None or not bool((gain != 1).any())
     return not is_trivial or (bias is not None and bool((bias != 0).any()))

@@ -15,7 +15,8 @@ from sd_lens.explanations.attribution import Attribution
 from sd_lens.explanations.components import Component, parsed
 from sd_lens.explanations.contributions import behind_norm, largest_error, seen_through, shares
 from sd_lens.explanations.reading import at_last_token, of_text
-from sd_lens.models.blocks import BlockWrites, block_writes
+from sd_lens.models.blocks import block_writes
+from sd_lens.models.views import BlockWrites
 
 
 @dataclass(frozen=True, eq=False)

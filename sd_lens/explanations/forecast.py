@@ -14,19 +14,21 @@ from tqdm.auto import tqdm
 
 from sd_lens.errors import InputError, NumericalError
 from sd_lens.linear.approximations import neuron_map
-from sd_lens.linear.lone_token import after_block, lone_attention, mlp_input, mlp_write
+from sd_lens.linear.lone_token import after_block, lone_attention, mlp_input, mlp_output, mlp_write
 from sd_lens.linear.maps import computing_dtype
 from sd_lens.linear.spectra import leading_triples
-from sd_lens.models.blocks import BlockWeights, check_layer, wanted_blocks
-from sd_lens.models.hooks import run_with_hooks
+from sd_lens.models.blocks import check_layer, wanted_blocks
+from sd_lens.models.views import BlockWeights
 from sd_lens.observations.high_norm import TokenGroup, growth_of, token_group
 from sd_lens.observations.histograms import NormHistogram, norm_gaps
 from sd_lens.observations.texts import token_strings
-
-UNTRAINED = 0.1
-"""Tokens whose embedding is shorter than this share of the mean are left out of means and ranks (Wang et al. 2025)."""
-
-_TOKENS_AT_ONCE = 2048
+from sd_lens.observations.vocabulary import (
+    TOKENS_AT_ONCE,
+    embedding_norms,
+    embeddings,
+    is_untrained,
+    random_embeddings,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +42,11 @@ class Forecast:
             blocks. None without any.
         norms: median norm of the probes after each block, on the initial path.
         ordinary_norms: the same on the non-initial path.
-        score_layer: the block whose MLP the tokens' scores are about, None without any explosion.
+        score_layer: the block whose MLP the tokens' scores are about, None if there are none: without any
+            explosion, or if they were not asked for.
         vocabulary: token_id, token, embedding_norm, untrained, initial, non_initial: the last two are the scores, NaN
-            without any explosion. The score of a token is the coefficient of that MLP's input (behind its norm) on
-            the leading right singular vector of the MLP's linear map, positive on the side that explodes.
+            if there are none. The score of a token is the coefficient of that MLP's input (behind its norm) on
+            the leading right singular vector of the MLP's linear map, positive on the side that writes more.
         n_probes: how many random embeddings were followed.
         model_name: as TransformerLens calls the model.
     """
@@ -71,7 +74,13 @@ class Forecast:
 
 @torch.no_grad()
 def forecast(
-    model: Any, *, score_layer: int | None = None, n_probes: int = 256, seed: int = 0, progress: bool = True
+    model: Any,
+    *,
+    score_layer: int | None = None,
+    scores: bool = True,
+    n_probes: int = 256,
+    seed: int = 0,
+    progress: bool = True,
 ) -> Forecast:
     """Forecast explosion and decay from the weights alone: no text is run.
 
@@ -82,6 +91,7 @@ def forecast(
     Args:
         model: a `HookedTransformer` or `TransformerBridge`, folded or not.
         score_layer: the 0-based block of the scores; the first explosion block by default.
+        scores: False leaves the tokens' scores NaN, and takes a fraction of the time.
         n_probes: how many random embeddings; at least 16.
         seed: of the random embeddings.
         progress: show a progress bar.
@@ -100,18 +110,16 @@ def forecast(
     blocks = wanted_blocks(model, None)
     dtype = computing_dtype(blocks[0].W_in.dtype)
     ids = torch.arange(model.cfg.d_vocab)
-    lengths = torch.cat(
-        [token_embeddings(model, part, dtype).double().norm(dim=1).cpu() for part in ids.split(_TOKENS_AT_ONCE)]
-    )
-    untrained = lengths < UNTRAINED * lengths.mean()
-    probes = torch.randn(n_probes, model.cfg.d_model, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-    probes = probes / probes.norm(dim=1, keepdim=True) * float(lengths[~untrained].mean())
+    lengths = embedding_norms(model)
+    untrained = is_untrained(lengths)
+    probes = random_embeddings(n_probes, model.cfg.d_model, float(lengths[~untrained].mean()), dtype, seed=seed)
     initial, norms, ordinary, direction = _follow(blocks, probes.to(blocks[0].W_in.device), progress)
     if score_layer is None and initial.explosion_layers:
         score_layer = initial.explosion_layers[0]
-    scores = torch.full((2, len(ids)), torch.nan, dtype=torch.float64)
+    score_layer = score_layer if scores else None
+    coefficients = torch.full((2, len(ids)), torch.nan, dtype=torch.float64)
     if score_layer is not None:
-        scores = _scores(model, blocks[: score_layer + 1], ids, probes, progress)
+        coefficients = _scores(model, blocks[: score_layer + 1], ids, probes, progress)
     return Forecast(
         explosion_layers=initial.explosion_layers,
         decay_layers=initial.decay_layers,
@@ -125,20 +133,13 @@ def forecast(
                 "token": pd.Series(token_strings(model, ids), dtype="str"),
                 "embedding_norm": lengths.numpy(),
                 "untrained": untrained.numpy(),
-                "initial": scores[0].numpy(),
-                "non_initial": scores[1].numpy(),
+                "initial": coefficients[0].numpy(),
+                "non_initial": coefficients[1].numpy(),
             }
         ),
         n_probes=n_probes,
         model_name=str(getattr(model.cfg, "model_name", "model")),
     )
-
-
-def token_embeddings(model: Any, ids: Tensor, dtype: torch.dtype) -> Float[Tensor, "token d_model"]:
-    """The streams in front of block 0 of one-token texts."""
-    seen: list[Tensor] = []
-    run_with_hooks(model, ids[:, None], {"blocks.0.hook_resid_pre": lambda x: seen.append(x[:, 0].to(dtype))})
-    return seen[0]
 
 
 def without_attention(block: BlockWeights, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
@@ -189,19 +190,21 @@ def _scores(
     def initial(x: Tensor) -> Tensor:
         for block in before:
             x = after_block(block, x)
-        return mlp_input(last, x if last.parallel else x + lone_attention(last, x)) @ v1
+        return mlp_input(last, x if last.parallel else x + lone_attention(last, x))
 
     def non_initial(x: Tensor) -> Tensor:
         for block in before:
             x = without_attention(block, x)
-        return mlp_input(last, x) @ v1
+        return mlp_input(last, x)
 
-    # The side of v1 on which the random embeddings of the initial path, which explode, lie.
-    side = torch.sign(initial(probes.to(v1.device)).median())
+    # The side of v1 on which inputs as long as those of the probes make the MLP write more.
+    length = initial(probes.to(v1.device)).norm(dim=1).median()
+    ahead, behind = mlp_output(last, length * torch.stack([v1, -v1])).norm(dim=1)
+    v1 = v1 if ahead >= behind else -v1
     paths: tuple[Callable[[Tensor], Tensor], ...] = (initial, non_initial)
     found = [
-        torch.stack([side * path(x) for path in paths]).double().cpu()
-        for part in tqdm(ids.split(_TOKENS_AT_ONCE), desc="vocabulary", unit="part", disable=not progress, leave=False)
-        for x in (token_embeddings(model, part, probes.dtype),)
+        torch.stack([path(x) @ v1 for path in paths]).double().cpu()
+        for part in tqdm(ids.split(TOKENS_AT_ONCE), desc="vocabulary", unit="part", disable=not progress, leave=False)
+        for x in (embeddings(model, part, probes.dtype),)
     ]
     return torch.cat(found, dim=1)

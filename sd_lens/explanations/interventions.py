@@ -45,11 +45,13 @@ def ablated(
 
     Args:
         model: a `HookedTransformer` or `TransformerBridge`, folded or not.
-        components: labels or `Component`s: `"L11H3"` (head), `"L11ATTN"`, `"L11MLP"`, `"L11N45"` (neuron), `"L11"`
-            (block), `"embed"`; one or several.
+        components: labels or `Component`s: `"L11H3"` (head), `"L11ATTN"`, `"L11MLP"`, `"L11N45"` (neuron),
+            `"L11N45C6"` (single weight: that neuron's entry of `W_out` for channel 6), `"L11"` (block), `"embed"`; one
+            or several.
         mode: what takes the place of the component's activation: `"zero"`; `"mean"` of the reference;
             `"resample"`, the activation of a token drawn from the reference, anew for every token; or `"direction"`:
-            the activation stays, and only what it writes along `direction` is taken away.
+            the activation stays, and only what it writes along `direction` is taken away. Single weights can only be
+            zeroed.
         reference: texts for mean and resample.
         direction: for `"direction"`; normalized before use.
         positions: ablate at these positions of every row that runs; everywhere by default. (With a key-value cache, as
@@ -129,9 +131,14 @@ class Ablator:
     def callbacks(self, targets: Iterable[tuple[Component, At]]) -> dict[str, Callback]:
         """One callback per hook point, that makes all edits there one after the other."""
         edits: dict[str, list[Callback]] = {}
-        # Heads and neurons first: a whole output that was freed of the direction has no parts along it to take away.
-        for component, at in sorted(targets, key=lambda target: target[0].index is None):
-            found = self._unwriting(component, at) if self.mode == "direction" else self._replacing(component, at)
+        seen: dict[int | None, dict[str, Tensor]] = {}
+        # Heads and neurons first, then weights: a whole output that was replaced, or freed of the direction, has no
+        # parts left to take away, and a neuron that was replaced writes something else through its weights.
+        for component, at in sorted(targets, key=lambda target: _order(target[0])):
+            if component.kind == "weight" and self.mode == "zero":
+                found = self._unweighting(component, at, seen.setdefault(component.layer, {}))
+            else:
+                found = self._unwriting(component, at) if self.mode == "direction" else self._replacing(component, at)
             for point, edit in found:
                 edits.setdefault(point, []).append(edit)
         return {point: partial(_in_turn, several) for point, several in edits.items()}
@@ -200,6 +207,39 @@ class Ablator:
             edits.append((f"{prefix}.ln{1 if is_head else 2}_post.hook_scale", partial(_remember, seen, "scale")))
         return [*edits, (f"{prefix}.hook_{'attn' if is_head else 'mlp'}_out", unwrite)]
 
+    def _unweighting(self, component: Component, at: At, seen: dict[str, Tensor]) -> list[tuple[str, Callback]]:
+        """Edits of an MLP's output that make it what it would be with one entry of `W_out` zero.
+
+        `seen` is shared by the weights of a block: behind a norm, each finds what those before it have left.
+        """
+        assert component.layer is not None
+        block = block_writes(self.model, component.layer)
+        assert block.W_out is not None  # the weight was found to exist
+        weight, gain = float(block.W_out[component.index, component.channel]), block.mlp_post_gain
+
+        def remove(write: Tensor) -> Tensor:
+            part = seen["post"][:, :, component.index].double() * weight
+            part = part.where(_mask(at, part), 0.0)
+            if gain is None:
+                less = write.clone()
+                less[..., component.channel] = (write[..., component.channel].double() - part).to(write.dtype)
+                return less
+            if "normalized" in seen:
+                scale = seen.pop("scale").double().reshape(*write.shape[:2], 1)
+                seen["raw"] = seen.pop("normalized").double() * scale
+            raw = seen["raw"]
+            raw[..., component.channel] -= part
+            normed = raw / (raw.square().mean(dim=-1, keepdim=True) + self.model.cfg.eps).sqrt() * gain.double()
+            return torch.where(_mask(at, write), normed.to(write.dtype), write)
+
+        prefix = f"blocks.{component.layer}"
+        points = {"post": "mlp.hook_post"}
+        points |= {} if gain is None else {"scale": "ln2_post.hook_scale", "normalized": "ln2_post.hook_normalized"}
+        edits: list[tuple[str, Callback]] = [
+            (f"{prefix}.{point}", partial(_remember, seen, name)) for name, point in points.items()
+        ]
+        return [*edits, (f"{prefix}.hook_mlp_out", remove)]
+
     def _u(self, like: Tensor) -> Tensor:
         assert self._unit is not None
         return self._unit.to(like.device)
@@ -215,6 +255,10 @@ def _in_turn(edits: list[Callback], activation: Tensor) -> Tensor | None:
         edited = edit(result)
         result = result if edited is None else edited
     return None if result is activation else result
+
+
+def _order(component: Component) -> int:
+    return {"head": 0, "neuron": 0, "weight": 1}.get(component.kind, 2)
 
 
 def _remember(seen: dict[str, Tensor], name: str, activation: Tensor) -> None:

@@ -39,11 +39,13 @@ def slots_of(component: Component) -> list[tuple[str, int | None]]:
     """Where a component's activation is: hook point, and index on its third axis (None: all of it).
 
     Raises:
-        InputError: for biases, which no hook point shows.
+        InputError: for biases and single weights, which no hook point shows.
     """
     block = f"blocks.{component.layer}"
     if component.kind in ("attention bias", "mlp bias"):
         raise InputError(f"{component} is a constant that no hook point shows: ablate the attention or MLP instead")
+    if component.kind == "weight":
+        raise InputError(f"{component} is a single weight, which can only be zeroed: pass mode='zero'")
     slots: dict[str, list[tuple[str, int | None]]] = {
         "embedding": [("hook_embed", None)],
         "positional embedding": [("hook_pos_embed", None)],

@@ -22,7 +22,7 @@ from sd_lens.linear.approximations import (
     name_of,
 )
 from sd_lens.linear.spectra import leading_triples
-from sd_lens.models.blocks import wanted_blocks
+from sd_lens.models.blocks import wanted_views
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ def singular_spectra(
     """
     if k < 2:
         raise InputError(f"k={k}: expected 2 or more values, or there is no gap between them")
-    blocks = wanted_blocks(model, layers)
+    blocks = wanted_views(model, layers, mixtures=isinstance(linearization, MapsOfBlocks))
     values = []
     for block in tqdm(blocks, desc="singular spectra", unit="block", disable=not progress, leave=False):
         A, F = block_parts(

@@ -121,7 +121,7 @@ def sweep_ablations(
     references = None if reference is None else list(token_rows(model, reference, prepend_bos=prepend_bos))
     whole = experiment.behaviour()
     at = int(whole.watched_norm.argmax()) if layer is None else layer
-    before = _measures(whole, at)
+    before = measures(whole, at)
     journal = _Journal(
         resume,
         {
@@ -134,7 +134,7 @@ def sweep_ablations(
     ablator = experiment.ablator(mode, wanted, where=where, reference=references, direction=direction, seed=seed)
     for component in tqdm(wanted, desc="ablation sweep", unit="component", disable=not progress, leave=False):
         if str(component) not in journal.rows:
-            journal.add(str(component), _measures(experiment.behaviour(ablator, (component,), where), at))
+            journal.add(str(component), measures(experiment.behaviour(ablator, (component,), where), at))
     measured = pd.DataFrame([journal.rows[str(component)] for component in wanted])
     return AblationSweep(mode, at, before, component_columns(list(wanted)).join(measured))
 
@@ -142,7 +142,8 @@ def sweep_ablations(
 _MEASURES = ("norm", "loss", "sink")
 
 
-def _measures(behaviour: Behaviour, layer: int) -> dict[str, float]:
+def measures(behaviour: Behaviour, layer: int) -> dict[str, float]:
+    """Mean norm of the watched tokens after a block, next-token loss, and mean attention on the first token."""
     return {
         "norm": float(behaviour.watched_norm[layer]),
         "loss": behaviour.loss,

@@ -14,7 +14,7 @@ from sd_lens.figures.style import BLUE, VERMILION, base_figure, shown_number, sh
 
 # Both ends are darker than the palette's blue and vermilion: lightness tells sizes apart without any colour vision.
 DIVERGING = [[0.0, "#00304D"], [0.25, BLUE], [0.5, "#FFFFFF"], [0.75, VERMILION], [1.0, "#662200"]]
-_NO_CELL = "#D0D0D0"  # behind the cells: a white cell is a zero, a grey one was not measured
+NO_CELL = "#D0D0D0"  # behind the cells: a white cell is a zero, a grey one was not measured
 _GAP = 0.4  # between the heads and the MLP, in columns
 _MOST_TOKEN_LABELS = 64
 _MOST_HEAD_LABELS = 32
@@ -100,7 +100,7 @@ def draw_cells(
     )  # fmt: skip
     bar = {"title": {"side": "top"}, **ticks, "tickfont": {"size": 11}, "thickness": 16}
     figure.update_layout(
-        plot_bgcolor=_NO_CELL, coloraxis={"colorscale": DIVERGING, "cmin": -limit, "cmax": limit, "colorbar": bar}
+        plot_bgcolor=NO_CELL, coloraxis={"colorscale": DIVERGING, "cmin": -limit, "cmax": limit, "colorbar": bar}
     )
     n_rows = len(cells)
     figure.update_xaxes(showgrid=False, zeroline=False, range=[edges[0], edges[-1]])

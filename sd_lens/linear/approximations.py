@@ -29,7 +29,7 @@ from sd_lens.linear.maps import (
     identity,
     identity_like,
 )
-from sd_lens.models.blocks import BlockWeights, Norm
+from sd_lens.models.views import Block, BlockWeights, Norm, one_mlp
 
 Linearization = Literal["gaussian", "sampled"]
 Convention = Literal["post-gain", "pre-gain"]
@@ -37,13 +37,13 @@ Convention = Literal["post-gain", "pre-gain"]
 
 @runtime_checkable
 class MapsOfBlocks(Protocol):
-    """A linearisation that brings its own maps, such as `Jacobian` and `Captured`."""
+    """A linearisation that brings its own maps, such as `Jacobian`, `Captured` and `RouterWeighted`."""
 
     @property
     def name(self) -> str:
         """What results call it."""
 
-    def maps(self, block: BlockWeights) -> tuple[LinearMap, LinearMap]:
+    def maps(self, block: Block) -> tuple[LinearMap, LinearMap]:
         """A and F of a block."""
 
 
@@ -51,7 +51,7 @@ _SAMPLES_AT_ONCE = 4096
 
 
 def block_parts(
-    block: BlockWeights,
+    block: Block,
     linearization: Linearization | MapsOfBlocks = "gaussian",
     *,
     convention: Convention = "post-gain",
@@ -65,11 +65,12 @@ def block_parts(
 
     Raises:
         InputError: as `ffn_map`, or as the object's `maps`.
-        NotSupportedError: as `ffn_map`.
+        NotSupportedError: as `ffn_map`; for a mixture of experts, which has maps by `RouterWeighted` alone.
         NumericalError: as `ffn_map`.
     """
     if isinstance(linearization, MapsOfBlocks):
         return linearization.maps(block)
+    block = one_mlp(block)
     F = ffn_map(block, linearization, convention=convention, centered=centered, n_samples=n_samples, seed=seed)
     return attention_map(block, centered=centered), F
 

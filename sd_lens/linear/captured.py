@@ -18,7 +18,7 @@ from torch import Tensor
 from sd_lens.errors import InputError, NumericalError
 from sd_lens.linear.approximations import attention_map
 from sd_lens.linear.maps import LinearMap, diagonal, from_matrix
-from sd_lens.models.blocks import BlockWeights, Norm
+from sd_lens.models.views import Block, Norm, one_mlp
 
 _NO_NORM = Norm("rms", None, None)
 
@@ -46,7 +46,7 @@ class Captured:
 
     __repr__ = __str__
 
-    def maps(self, block: BlockWeights) -> tuple[LinearMap, LinearMap]:
+    def maps(self, block: Block) -> tuple[LinearMap, LinearMap]:
         """A and F of a block: `[d_model] -> [d_model]` each, without biases.
 
         Args:
@@ -54,7 +54,9 @@ class Captured:
 
         Raises:
             InputError: if the block was not captured, or is of another size.
+            NotSupportedError: for a mixture of experts.
         """
+        block = one_mlp(block)
         if block.layer not in self.layers:
             raise InputError(f"block {block.layer} was not captured, only {', '.join(map(str, self.layers))}")
         N, M = (fits[self.layers.index(block.layer)] for fits in (self.norms, self.neurons))

@@ -13,7 +13,7 @@ from torch import Tensor
 from sd_lens.errors import InputError
 from sd_lens.linear.lone_token import lone_attention, mlp_write
 from sd_lens.linear.maps import LinearMap, computing_dtype
-from sd_lens.models.blocks import BlockWeights
+from sd_lens.models.views import Block, BlockWeights, one_mlp
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,15 +36,16 @@ class Jacobian:
     streams: Float[Tensor, "layer d_model"]
     layers: tuple[int, ...]
 
-    def maps(self, block: BlockWeights) -> tuple[LinearMap, LinearMap]:
+    def maps(self, block: Block) -> tuple[LinearMap, LinearMap]:
         """A and F of a block.
 
         Raises:
             InputError: if the block is not among `layers`, or its stream has another width or is not finite.
+            NotSupportedError: for a mixture of experts.
         """
         if block.layer not in self.layers:
             raise InputError(f"block {block.layer} has no stream to linearise at: there are those of {self.layers}")
-        return jacobian_maps(block, self.streams[self.layers.index(block.layer)])
+        return jacobian_maps(one_mlp(block), self.streams[self.layers.index(block.layer)])
 
 
 def jacobian_maps(block: BlockWeights, x: Float[Tensor, " d_model"]) -> tuple[LinearMap, LinearMap]:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sd_lens.linear.gaussian import activation_function
-from sd_lens.models.blocks import BlockWeights, Norm
+from sd_lens.models.views import BlockWeights, Norm
 
 Streams = Float[Tensor, "token d_model"]
 
@@ -41,17 +41,21 @@ def mlp_input(block: BlockWeights, x: Streams) -> Streams:
 
 
 def mlp_neurons(block: BlockWeights, x: Streams) -> Float[Tensor, "token d_mlp"]:
-    """What the MLP's neurons give to `W_out` (`hook_post`), from the streams that it reads."""
-    x = mlp_input(block, x)
+    """What the MLP's neurons give to `W_out` (`hook_post`), from their inputs behind the norm in front of the MLP."""
     act = activation_function(block.act_fn)
     linear = _plus(x @ block.W_in.to(x.dtype), block.b_in)
     return act(linear) if block.W_gate is None else linear * act(_plus(x @ block.W_gate.to(x.dtype), block.b_gate))
 
 
-def mlp_write(block: BlockWeights, x: Streams) -> Streams:
-    """What the MLP writes, from the streams that it reads."""
+def mlp_output(block: BlockWeights, x: Streams) -> Streams:
+    """What the MLP writes, from the same inputs."""
     written = _plus(mlp_neurons(block, x) @ block.W_out.to(x.dtype), block.b_out)
     return _behind(block.mlp_post_gain, block.mlp_norm, written)
+
+
+def mlp_write(block: BlockWeights, x: Streams) -> Streams:
+    """What the MLP writes, from the streams that it reads."""
+    return mlp_output(block, mlp_input(block, x))
 
 
 def after_block(block: BlockWeights, x: Streams) -> Streams:

@@ -1,117 +1,31 @@
-"""One view of a block's weights, whatever the wrapper or the architecture.
+"""From a model to the views of its blocks.
 
 This module and `linear_layers.py` alone know how HookedTransformer and TransformerBridge store weights, and which
-architectures there are. Everything above them reads `BlockWeights`, or `LinearGroup`s to quantize.
+architectures there are. Everything above them reads the views, or `LinearGroup`s to quantize.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd_lens.errors import InputError, NotSupportedError
 from sd_lens.models.hooks import architecture_of
+from sd_lens.models.views import Block, BlockWeights, BlockWrites, MixtureWeights, Norm, NormKind, Router, one_mlp
 
-NormKind = Literal["rms", "layer"]
+MIXTURES = ("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
+"""Those of `SUPPORTED` that have mixtures of experts, in some blocks or all."""
 
 SUPPORTED = (
     "FalconForCausalLM", "GPT2LMHeadModel", "GPTJForCausalLM", "GPTNeoXForCausalLM", "Gemma2ForCausalLM",
     "Gemma3ForCausalLM", "GemmaForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "MptForCausalLM",
-    "OPTForCausalLM", "Phi3ForCausalLM", "PhiForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+    "OPTForCausalLM", "Phi3ForCausalLM", "PhiForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", *MIXTURES,
 )  # fmt: skip
 """Architectures whose view is tested; a HookedTransformer built from a configuration of one's own has none."""
-
-
-@dataclass(frozen=True, eq=False)
-class Norm:
-    """The norm in front of attention or MLP.
-
-    Attributes:
-        kind: `"rms"`, or `"layer"` (which subtracts the mean).
-        gain: `[d_model]`, what multiplies the normalized stream; None if folded into the weights.
-        bias: `[d_model]`, what is added to it; None if there is none.
-        eps: added to the mean square under the root.
-    """
-
-    kind: NormKind
-    gain: Float[Tensor, " d_model"] | None
-    bias: Float[Tensor, " d_model"] | None
-    eps: float = 0.0
-
-
-@dataclass(frozen=True, eq=False)
-class BlockWrites:
-    """How a block writes to the residual stream: the tensors behind its activations, in their own dtype.
-
-    Attributes:
-        layer: 0-based index of the block.
-        W_O: output weights, one per head.
-        b_O: bias of attention's output, None if absent or zero.
-        W_out: from the neurons to the stream; None where no single matrix does that (mixtures of experts).
-        b_out: bias of the MLP's output, None if absent or zero.
-        attention_post_gain: gain of the RMSNorm behind attention (Gemma 2, 3), None without one.
-        mlp_post_gain: the same behind the MLP.
-    """
-
-    layer: int
-    W_O: Float[Tensor, "head d_head d_model"]
-    b_O: Float[Tensor, " d_model"] | None  # noqa: N815 - TransformerLens's name
-    W_out: Float[Tensor, "d_mlp d_model"] | None
-    b_out: Float[Tensor, " d_model"] | None
-    attention_post_gain: Float[Tensor, " d_model"] | None
-    mlp_post_gain: Float[Tensor, " d_model"] | None
-
-
-@dataclass(frozen=True, eq=False)
-class BlockWeights:
-    """The tensors of one block, in TransformerLens's orientation (rows: `x @ W`), in their own dtype.
-
-    Attributes:
-        layer: 0-based index of the block.
-        attention_norm: in front of attention.
-        mlp_norm: in front of the MLP; where parallel blocks have a single norm, that.
-        W_V: value weights; under grouped-query attention one per key-value head.
-        W_O: output weights, one per head; head `h` reads value head `h // (n_heads // n_key_value_heads)`.
-        W_in: into the MLP's neurons (the linear branch when gated).
-        W_gate: the branch inside the activation, or None when ungated.
-        W_out: from the neurons back to the residual stream.
-        b_in: bias of `W_in`, None if absent.
-        b_gate: bias of `W_gate`, None if absent.
-        act_fn: the activation's name.
-        attention_post_gain: gain of the RMSNorm behind attention (Gemma 2, 3), None without one.
-        mlp_post_gain: the same behind the MLP.
-        parallel: whether the MLP reads the stream in front of attention instead of that behind it.
-        b_V: bias of the values, one per key-value head, None if absent.
-        b_O: bias of attention's output, None if absent or zero.
-        b_out: bias of the MLP's output, None if absent or zero.
-    """
-
-    layer: int
-    attention_norm: Norm
-    mlp_norm: Norm
-    W_V: Float[Tensor, "kv_head d_model d_head"]
-    W_O: Float[Tensor, "head d_head d_model"]
-    W_in: Float[Tensor, "d_model d_mlp"]
-    W_gate: Float[Tensor, "d_model d_mlp"] | None
-    W_out: Float[Tensor, "d_mlp d_model"]
-    b_in: Float[Tensor, " d_mlp"] | None
-    b_gate: Float[Tensor, " d_mlp"] | None
-    act_fn: str
-    attention_post_gain: Float[Tensor, " d_model"] | None = None
-    mlp_post_gain: Float[Tensor, " d_model"] | None = None
-    parallel: bool = False
-    b_V: Float[Tensor, "kv_head d_head"] | None = None  # noqa: N815 - TransformerLens's name
-    b_O: Float[Tensor, " d_model"] | None = None  # noqa: N815 - TransformerLens's name
-    b_out: Float[Tensor, " d_model"] | None = None
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return self.W_in.shape[0]
 
 
 def block_writes(model: Any, layer: int) -> BlockWrites:
@@ -143,6 +57,16 @@ def block_writes(model: Any, layer: int) -> BlockWrites:
 
 
 def block_weights(model: Any, layer: int) -> BlockWeights:
+    """The view of block `layer` (0-based), which has a single MLP.
+
+    Raises:
+        InputError: if there is no such block.
+        NotSupportedError: as `block_view`; for a mixture of experts.
+    """
+    return one_mlp(block_view(model, layer))
+
+
+def block_view(model: Any, layer: int) -> Block:
     """The view of block `layer` (0-based) of a `HookedTransformer` or `TransformerBridge`.
 
     Raises:
@@ -150,10 +74,22 @@ def block_weights(model: Any, layer: int) -> BlockWeights:
         NotSupportedError: for an architecture that is not in `SUPPORTED`, or a variant of one that its linear maps do
             not cover.
     """
-    cfg = model.cfg
     block = _block(model, layer)
     _check_supported(model, block)
-    attn, mlp = block.attn, block.mlp
+    if not _is_mixture(block):
+        return _weights(model, layer, block.mlp)
+    mlps = _experts(block.mlp)
+    first = _weights(model, layer, mlps[0])
+    experts = (
+        replace(first, W_in=mlp.W_in.detach(), W_gate=mlp.W_gate.detach(), W_out=mlp.W_out.detach()) for mlp in mlps
+    )
+    return MixtureWeights(tuple(experts), _router(model.cfg, block.mlp))
+
+
+def _weights(model: Any, layer: int, mlp: Any) -> BlockWeights:
+    """The view of a block with `mlp` as its MLP."""
+    cfg, block = model.cfg, model.blocks[layer]
+    attn = block.attn
     if not mlp.W_in.is_floating_point():
         raise NotSupportedError(f"not supported yet: weights stored as {mlp.W_in.dtype}; dequantise them first")
     W_gate = _tensor(mlp, "W_gate")
@@ -226,6 +162,34 @@ def wanted_blocks(model: Any, layers: Iterable[int] | None) -> list[BlockWeights
     return [block_weights(model, layer) for layer in wanted_layers(model.cfg.n_layers, layers)]
 
 
+def wanted_views(model: Any, layers: Iterable[int] | None, *, mixtures: bool = True) -> list[Block]:
+    """The same, with mixtures of experts among them unless `mixtures` is False.
+
+    Raises:
+        InputError: as `wanted_blocks`.
+        NotSupportedError: as `block_view`, or as `block_weights`.
+    """
+    view = block_view if mixtures else block_weights
+    return [view(model, layer) for layer in wanted_layers(model.cfg.n_layers, layers)]
+
+
+def wanted_mixtures(model: Any, layers: Iterable[int] | None) -> list[MixtureWeights]:
+    """The views of some blocks that are mixtures of experts, or of all that are.
+
+    Raises:
+        InputError: as `wanted_blocks`; if one that is named has a single MLP, or all blocks have.
+        NotSupportedError: as `block_view`.
+    """
+    found = wanted_views(model, layers)
+    for block in found:
+        if layers is not None and isinstance(block, BlockWeights):
+            raise InputError(f"block {block.layer} has no experts but a single MLP")
+    mixtures = [block for block in found if isinstance(block, MixtureWeights)]
+    if not mixtures:
+        raise InputError("the model has no mixtures of experts: every block has a single MLP")
+    return mixtures
+
+
 def _check_index(layer: int, n_layers: int) -> None:
     if not 0 <= layer < n_layers:
         raise InputError(f"block {layer} does not exist: the model has blocks 0 to {n_layers - 1}")
@@ -243,8 +207,8 @@ def _check_supported(model: Any, block: Any) -> None:
     needs_second = not getattr(cfg, "parallel_attn_mlp", False)
     if not hasattr(block, "ln1") or (needs_second and not hasattr(block, "ln2")):
         raise NotSupportedError("not supported yet: blocks without a norm before attention and MLP")
-    if getattr(cfg, "num_experts", None) or any(_tensor(block.mlp, n) is None for n in ("W_in", "W_out")):
-        raise NotSupportedError("not supported yet: mixture-of-experts MLPs")
+    if not _is_mixture(block) and any(_tensor(block.mlp, n) is None for n in ("W_in", "W_out")):
+        raise NotSupportedError("not supported yet: MLPs without W_in and W_out")
     # Names last: they catch what no attribute shows, such as Granite's scaled residual writes.
     architecture = architecture_of(model)
     if architecture is not None:
@@ -254,6 +218,37 @@ def _check_supported(model: Any, block: Any) -> None:
         raise NotSupportedError("not supported yet: norms behind the residual sum (OPT-350m)")
     if getattr(getattr(original, "attn_config", None), "clip_qkv", None):
         raise NotSupportedError("not supported yet: clipped queries, keys and values (clip_qkv of MPT)")
+
+
+def _is_mixture(block: Any) -> bool:
+    return hasattr(block.mlp, "experts")
+
+
+def _lists_experts(mlp: Any) -> bool:
+    """Whether experts are modules of their own (HookedTransformer), not slices of two tensors (transformers)."""
+    return isinstance(mlp.experts, nn.ModuleList)
+
+
+def _experts(mlp: Any) -> list[Any]:
+    """MLPs with the tensors of each expert; one that all tokens share is the last."""
+    if _lists_experts(mlp):
+        stored = [(expert.W_gate.weight, expert.W_in.weight, expert.W_out.weight) for expert in mlp.experts]
+    else:  # the gate is the first half
+        pairs = zip(mlp.experts.gate_up_proj, mlp.experts.down_proj, strict=True)
+        stored = [(*gate_and_in.chunk(2), W_out) for gate_and_in, W_out in pairs]
+    experts = [SimpleNamespace(W_gate=gate.mT, W_in=linear.mT, W_out=out.mT) for gate, linear, out in stored]
+    shared = getattr(mlp, "shared_expert", None)
+    return experts if shared is None else [*experts, shared]
+
+
+def _router(cfg: Any, mlp: Any) -> Router:
+    shared = getattr(mlp, "shared_expert_gate", None)
+    W_shared = None if shared is None else shared.weight.detach()[0]
+    if _lists_experts(mlp):
+        return Router(mlp.W_gate.weight.detach().mT, cfg.experts_per_token, cfg.norm_topk_prob, W_shared)
+    # Mixtral's router has no such switch: it always divides.
+    renormalized = bool(getattr(mlp.gate, "norm_topk_prob", True))
+    return Router(mlp.gate.weight.detach().mT, mlp.gate.top_k, renormalized, W_shared)
 
 
 def _original_config(model: Any) -> Any:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from sd_lens.errors import ModelLoadError, NotSupportedError
-from sd_lens.models.blocks import BlockWeights, block_weights, check_architecture
+from sd_lens.models.blocks import MIXTURES, block_weights, check_architecture
+from sd_lens.models.views import BlockWeights
 from sd_lens.models.wrapping import bridged, first_line
 
 _INDEX = "model.safetensors.index.json"
@@ -110,7 +111,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
     Raises:
         ModelLoadError: if the folder, its configuration, its weights or one of its shards is missing or damaged.
-        NotSupportedError: for an architecture that is not in `SUPPORTED`, or quantised weights.
+        NotSupportedError: for an architecture that is not in `SUPPORTED`, mixtures of experts, or quantised weights.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
@@ -140,7 +141,10 @@ def _check_supported(config: Any) -> None:
         raise NotSupportedError("not supported yet: quantised weights; dequantise them first")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise NotSupportedError("not supported yet: models that are not causal decoders")
-    check_architecture(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    check_architecture(architecture)
+    if architecture in MIXTURES:  # stored expert by expert, under names of their own
+        raise NotSupportedError(f"not supported yet: {architecture} straight from a folder; load the model first")
 
 
 def _files(folder: Path) -> dict[str, Path]:

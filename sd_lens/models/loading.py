@@ -22,6 +22,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     tokenizer: Any | None = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> Any:
     """Load a model into TransformerLens, unprocessed: its residual stream equals Hugging Face's.
 
@@ -37,6 +38,7 @@ def load_model(
         dtype: of the weights.
         tokenizer: of a model in memory; without one, only token ids can be run.
         trust_remote_code: let transformers run code that comes with the model.
+        revision: branch, tag or commit of a hub name, such as a checkpoint of its training.
 
     Returns:
         A `HookedTransformer` or `TransformerBridge`. Its `cfg.default_prepend_bos` is what the tokenizer
@@ -45,12 +47,14 @@ def load_model(
     Raises:
         ModelLoadError: if the source is missing, damaged, unknown or without tokenizer.
         CacheError: if the packaged model cannot be fetched or its cache is damaged.
-        InputError: for an unknown backend, device, or a source of another kind.
+        InputError: for an unknown backend, device, a source of another kind, or a revision of what has none.
 
     Example:
         >>> model = load_model("smollm2-135m")  # doctest: +SKIP
     """
     target = _device(device)
+    if revision is not None and not _may_be_hub_name(source):
+        raise InputError(f"revision={revision!r}: only a hub name has revisions")
     if not isinstance(source, str | Path):
         if not (hasattr(source, "config") and hasattr(source, "state_dict")):
             raise InputError(
@@ -75,8 +79,14 @@ def load_model(
     elif isinstance(source, Path) or name.startswith((".", "~", os.sep)):
         raise ModelLoadError(f"there is no folder {name}")
     else:
-        hf_model, tokenizer = _from_hub(_official_name(name), dtype, trust_remote_code)
+        hf_model, tokenizer = _from_hub(_official_name(name), dtype, trust_remote_code, revision)
+        name = name if revision is None else f"{name}@{revision}"
     return wrapped(hf_model, tokenizer, name, backend=backend, device=target)
+
+
+def _may_be_hub_name(source: Any) -> bool:
+    is_ours = source == PACKAGED_NAME or str(source).endswith(".gguf")
+    return isinstance(source, str) and not is_ours and not Path(source).expanduser().exists()
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -109,8 +119,8 @@ def _from_folder(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> t
     return _read(str(folder), dtype, trust_remote_code=trust_remote_code, local_files_only=True)
 
 
-def _from_hub(name: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
-    return _read(name, dtype, trust_remote_code=trust_remote_code)
+def _from_hub(name: str, dtype: torch.dtype, trust_remote_code: bool, revision: str | None) -> tuple[Any, Any]:
+    return _read(name, dtype, trust_remote_code=trust_remote_code, revision=revision or "main")
 
 
 def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""Attention sinks: how much attention the first token receives."""
+"""How much attention keys receive from the queries behind them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ from torch import Tensor
 
 SINK_THRESHOLD = 0.3
 """A head has a sink if the first key receives more than this on average (Gu et al. 2024)."""
+
+
+def received_attention(
+    pattern: Float[Tensor, "batch head query pos"], real: Bool[Tensor, "batch pos"], n_keys: int | None = None
+) -> Float64[Tensor, "batch head key"]:
+    """What each of the first `n_keys` keys (all by default) receives from the real queries behind it, summed.
+
+    A query's attention on itself is left out: the first one has no choice.
+    """
+    parts = [
+        row[:, :length, :n_keys].double().tril(-1).sum(dim=1)  # a text at a time, to bound memory
+        for row, length in zip(pattern.detach(), real.sum(dim=1).tolist(), strict=True)
+    ]
+    return torch.stack(parts).cpu()
 
 
 class SinkSums:
@@ -23,8 +37,7 @@ class SinkSums:
 
     def add(self, layer: int, real: Bool[Tensor, "batch pos"], pattern: Float[Tensor, "batch head query key"]) -> None:
         """Add a layer's attention pattern."""
-        received = pattern.detach()[:, :, 1:, 0].double()  # [batch, head, query]
-        total = (received * real[:, None, 1:].to(received.device)).sum(dim=(0, 2)).cpu()
+        total = received_attention(pattern, real, 1)[:, :, 0].sum(dim=0)
         before = self._sums[layer]
         self._sums[layer] = total if before is None else before + total
 

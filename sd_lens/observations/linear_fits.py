@@ -16,8 +16,9 @@ from sd_lens.errors import InputError, NumericalError
 from sd_lens.linear.captured import Captured, LeastSquares
 from sd_lens.linear.lone_token import normalized
 from sd_lens.linear.maps import computing_dtype
-from sd_lens.models.blocks import BlockWeights, wanted_blocks
+from sd_lens.models.blocks import wanted_blocks
 from sd_lens.models.hooks import Callback, run_with_hooks
+from sd_lens.models.views import BlockWeights
 from sd_lens.observations.norms import not_finite
 from sd_lens.observations.texts import Batch, Texts, batches
 

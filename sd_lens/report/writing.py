@@ -8,27 +8,44 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from sd_lens import figures
-from sd_lens.errors import NumericalError
+from sd_lens.applications.quantization_report import QuantizationReport, quantization_report
+from sd_lens.errors import InputError, NumericalError
+from sd_lens.explanations.contexts import explosion_in_context
 from sd_lens.explanations.decay import defect_eigenvalues
 from sd_lens.explanations.defects import SingularDefects, singular_defects
+from sd_lens.explanations.explosion import explosion_path
 from sd_lens.explanations.forecast import Forecast, forecast
 from sd_lens.explanations.origins import NormOrigin, norm_origins
 from sd_lens.explanations.prediction import PredictedNorms, predict_norms
+from sd_lens.explanations.sinks import sinks_without
 from sd_lens.explanations.spectra import SingularSpectra, singular_spectra
+from sd_lens.explanations.subspace import explosion_subspace
+from sd_lens.explanations.super_weights import SuperWeights, super_weights
 from sd_lens.observations.high_norm import HighNormTokens, find_high_norm_tokens
+from sd_lens.observations.massive import massive_activations
 from sd_lens.observations.texts import Texts, default_texts, resolved_prepend_bos, token_rows
+from sd_lens.report.explosions import Explosion, explosion_figures, explosion_sentences
 from sd_lens.report.findings import findings
 from sd_lens.report.forecasts import Forecasts, forecast_figures, forecast_sentences
 from sd_lens.report.origins import origin_figures, origin_sentences
 from sd_lens.report.page import Page
+from sd_lens.report.rounding import rounding_figures, rounding_sentences
+from sd_lens.report.traces import Traces, trace_figures, trace_sentences
 from sd_lens.storage import written_whole
 
 _TEXTS_TO_EXPLAIN = 16
-"""Attribution and ablation look at so many of the first texts."""
+"""Attribution, ablation and paths look at so many of the first texts."""
+
+_TEXTS_TO_ZERO = 4
+"""Single neurons and weights are zeroed in so many texts."""
+
+_TOKENS_TO_FOLLOW = 2048
+"""So many tokens of the vocabulary, drawn at random, are followed along the paths of an explosion."""
 
 
 def write_report(
@@ -39,6 +56,7 @@ def write_report(
     prepend_bos: bool | None = None,
     threshold: float | Literal["auto"] = "auto",
     max_length: int | None = None,
+    quantize: bool = False,
     texts_name: str | None = None,
     progress: bool = True,
 ) -> list[str]:
@@ -51,6 +69,8 @@ def write_report(
         prepend_bos: as for `find_high_norm_tokens`.
         threshold: as for `find_high_norm_tokens`.
         max_length: as for `find_high_norm_tokens`.
+        quantize: also measure what simulated quantization (W8A8) does to the perplexity of the first texts, and what
+            sparing the `W_out` of explosion and decay blocks buys; some ten more runs of them.
         texts_name: how the page calls the texts.
         progress: show progress bars.
 
@@ -69,9 +89,14 @@ def write_report(
         )  # fmt: skip
         spectra = singular_spectra(model, k=min(8, model.cfg.d_model), progress=progress)
         forecasts = _forecasts(model, found, progress)
+        explosions = _explosions(model, found, first, progress)
         origins = norm_origins(model, found, first, progress=progress)
+        traces = _traces(model, found, first, progress)
+        rounding = _rounding(model, found, first, progress) if quantize else None
         sentences = [
-            *findings(found, defects), *forecast_sentences(found, forecasts), *origin_sentences(origins)
+            *findings(found, defects), *forecast_sentences(found, forecasts), *explosion_sentences(explosions),
+            *origin_sentences(origins), *([] if traces is None else trace_sentences(traces)),
+            *([] if rounding is None else rounding_sentences(rounding)),
         ]  # fmt: skip
         settings = _settings(model, found, defects, threshold)
         settings["texts"] = texts_name or ("the package's default passages" if texts is None else "given")
@@ -80,7 +105,10 @@ def write_report(
             subtitle=f"{model.cfg.n_layers} blocks, numbered from 0; width {model.cfg.d_model}. "
             "Norms are Euclidean norms of the residual stream after a block.",
             findings=sentences,
-            figures=_figures(found, defects, spectra, forecasts, origins),
+            figures=[
+                *_figures(found, defects, spectra, forecasts, explosions, origins, traces),
+                *([] if rounding is None else rounding_figures(rounding, found)),
+            ],
             tokens=found.table,
             settings=settings,
         )
@@ -119,12 +147,64 @@ def _behind_explosion(model: Any, foretold: Forecast, progress: bool) -> Predict
     return predict_norms(model, foretold.direction, norm, explosions[-1], progress=progress)
 
 
+def _explosions(model: Any, found: HighNormTokens, first: Sequence[Tensor], progress: bool) -> list[Explosion]:
+    """How each observed explosion comes about, for tokens drawn from the vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randperm(model.cfg.d_vocab, generator=generator)[:_TOKENS_TO_FOLLOW]
+    explosions = []
+    for layer in found.explosion_layers:
+        subspace = explosion_subspace(model, layer, token_ids=ids, progress=progress)
+        try:
+            path = explosion_path(model, layer, token_ids=ids, progress=progress)
+        except InputError as error:  # an explosion that needs a context: no lone token has it
+            explosions.append(Explosion(layer, subspace, None, None, str(error)))
+            continue
+        context = explosion_in_context(model, path, first, progress=progress)
+        explosions.append(Explosion(layer, subspace, path, context))
+    return explosions
+
+
+def _traces(model: Any, found: HighNormTokens, first: Sequence[Tensor], progress: bool) -> Traces | None:
+    """Sinks, massive activations and super weights in the first texts; None where nothing explodes."""
+    if found.direction is None or not found.explosion_layers:
+        return None
+    rows = list(first)
+    supers = [_super_weights(model, found, rows[:_TEXTS_TO_ZERO], layer, progress) for layer in found.explosion_layers]
+    return Traces(
+        sinks=sinks_without(model, rows, found.explosion_layers, found.direction, progress=progress),
+        explosion_layers=found.explosion_layers,
+        massive=massive_activations(model, rows, progress=progress),
+        super_weights=[each for each in supers if each is not None],
+    )
+
+
+def _rounding(model: Any, found: HighNormTokens, first: Sequence[Tensor], progress: bool) -> QuantizationReport | None:
+    """Perplexities of the first texts under quantization; None where there is nothing to spare."""
+    if not (found.explosion_layers or found.decay_layers):
+        return None
+    return quantization_report(model, list(first), found, progress=progress)
+
+
+def _super_weights(
+    model: Any, found: HighNormTokens, rows: list[Tensor], layer: int, progress: bool
+) -> SuperWeights | None:
+    """Of the tokens in some texts that explode in a block, initial ones if they do; None without any."""
+    initial = layer in found.initial.explosion_layers
+    table = found.table[(found.table.layer == layer) & (found.table.text < len(rows))]
+    tokens = table[(table.position == 0) == initial]
+    if tokens.empty:
+        return None
+    return super_weights(model, rows, layer, tokens, neurons=1, entries=1, progress=progress)
+
+
 def _figures(
     found: HighNormTokens,
     defects: SingularDefects,
     spectra: SingularSpectra,
     forecasts: Forecasts,
+    explosions: Sequence[Explosion],
     origins: Sequence[NormOrigin],
+    traces: Traces | None,
 ) -> Sequence[tuple[str, Any]]:
     shown = [
         ("Largest and median norms per block. Dashes: the threshold above which a norm counts as high.",
@@ -143,7 +223,9 @@ def _figures(
         )
         shown.insert(1, ("Small angles: the weights alone predict the direction of the high-norm tokens.", angles))
     shown += forecast_figures(found, forecasts)
+    shown += explosion_figures(explosions)
     shown += origin_figures(origins)
+    shown += [] if traces is None else trace_figures(traces)
     for text in found.scan.samples[:1]:
         shown += [
             ("The first text: every token, every block. Turn it with the mouse.", figures.norm_surface(text)),

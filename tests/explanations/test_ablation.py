@@ -35,13 +35,15 @@ def logits(model, tokens=TEXTS[0]):
 
 
 @pytest.mark.parametrize(
-    "label", ["embed", "pos_embed", "L11H3", "L11ATTN", "L11MLP", "L11N456", "L11", "L3b_O", "L3b_out"]
+    "label", ["embed", "pos_embed", "L11H3", "L11ATTN", "L11MLP", "L11N456", "L11N456C78", "L11", "L3b_O", "L3b_out"]
 )
 def test_labels_are_read_as_they_are_written(label):
     assert str(Component.parse(label)) == label
 
 
-@pytest.mark.parametrize("label", ["", "L", "11", "L1H", "L1N", "L1MLP3", "H3", "L1X2", "mlp"])
+@pytest.mark.parametrize(
+    "label", ["", "L", "11", "L1H", "L1N", "L1MLP3", "H3", "L1X2", "mlp", "L1N2C", "L1NC3", "L1H2C3"]
+)
 def test_other_labels_are_errors(label):
     with pytest.raises(InputError, match="no component is called"):
         Component.parse(label)
@@ -53,6 +55,8 @@ def test_other_labels_are_errors(label):
         ("L3MLP", "L3MLP does not exist: the model has blocks 0 to 2"),
         ("L1H4", "L1H4 does not exist: block 1 has heads 0 to 3"),
         (["L0MLP", "L1N48"], "L1N48 does not exist: block 1 has neurons 0 to 47"),
+        ("L1N48C2", "L1N48C2 does not exist: block 1 has neurons 0 to 47"),
+        ("L1N47C32", "L1N47C32 does not exist: the stream has channels 0 to 31"),
         ([], "no component was named"),
         ("L1b_O", "L1b_O is a constant that no hook point shows"),
     ],
@@ -174,6 +178,35 @@ def test_only_the_positions_named_are_ablated(tiny_model):
         post = activation(tiny_model, "blocks.1.mlp.hook_post")
     assert post[0, 0, 7:9].abs().max() == 0
     assert post[0, 1:, 7:9].abs().min() > 0
+
+
+def test_a_weight_goes_with_its_neuron_or_mlp_and_only_where_it_is_told(tiny_model):
+    for whole in ("L1N7", "L1MLP"):
+        with ablated(tiny_model, whole):
+            expected = logits(tiny_model)
+        with ablated(tiny_model, ["L1N7C5", whole]):
+            torch.testing.assert_close(logits(tiny_model), expected)
+    before = activation(tiny_model, "blocks.1.hook_mlp_out")
+    part = activation(tiny_model, "blocks.1.mlp.hook_post")[0, :, 7] * block_writes(tiny_model, 1).W_out[7, 5]
+    with ablated(tiny_model, ["L1N7C5", "L1N9C5"], positions=[1, 4]):
+        after = activation(tiny_model, "blocks.1.hook_mlp_out")
+    with ablated(tiny_model, "L1N9C5", positions=[1, 4]):
+        difference = (activation(tiny_model, "blocks.1.hook_mlp_out") - after)[0]
+    torch.testing.assert_close(difference[[1, 4], 5], part[[1, 4]], rtol=1e-4, atol=1e-6)
+    assert difference[:, torch.arange(32) != 5].abs().max() == 0
+    assert (after - before)[0, [0, 2, 3, 5]].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("mean", {"reference": TEXTS}), ("resample", {"reference": TEXTS}), ("direction", {"direction": torch.ones(32)})],
+)
+def test_a_weight_can_only_be_zeroed(tiny_llama, mode, options):
+    with (
+        pytest.raises(InputError, match="L1N7C5 is a single weight, which can only be zeroed: pass mode='zero'"),
+        ablated(tiny_llama, "L1N7C5", mode, progress=False, **options),
+    ):
+        pass
 
 
 def test_contexts_nest(tiny_model):

@@ -59,6 +59,17 @@ def test_without_an_explosion_there_is_no_direction_and_no_score(backend):
     assert scored.vocabulary.initial.notna().all()
 
 
+def test_without_scores_the_rest_is_the_same(model):
+    found, whole = forecast(model, scores=False, progress=False), forecast(model, progress=False)
+    assert torch.equal(found.direction, whole.direction)
+    assert found.explosion_layers == whole.explosion_layers
+    assert found.score_layer is None
+    assert found.vocabulary.drop(columns=["initial", "non_initial"]).equals(
+        whole.vocabulary.drop(columns=["initial", "non_initial"])
+    )
+    assert found.vocabulary[["initial", "non_initial"]].isna().all(axis=None)
+
+
 def test_scores_are_coefficients_on_the_leading_right_singular_vector(backend):
     from sd_lens.linear.approximations import gaussian_fit, norm_map
     from sd_lens.linear.maps import identity_like
@@ -107,3 +118,9 @@ def test_bad_arguments_are_named(tiny_llama):
         tiny_llama.blocks[1].mlp.W_out[:] = torch.nan
     with pytest.raises(NumericalError, match="not finite after block 1"):
         forecast(tiny_llama, progress=False)
+
+
+def test_the_planted_token_has_the_largest_score(planted_defect, backend):
+    """Whichever sign the singular vector comes with, and though most probes do not explode."""
+    found = forecast(tiny.wrap(planted_defect.hf_model, backend), score_layer=planted.EXPLOSION, progress=False)
+    assert found.vocabulary.initial.idxmax() == found.vocabulary.non_initial.idxmax() == planted.TOKEN

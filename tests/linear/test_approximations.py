@@ -13,7 +13,8 @@ from sd_lens.linear.approximations import (
     sampled_fit,
 )
 from sd_lens.linear.maps import from_matrix, identity_like
-from sd_lens.models.blocks import BlockWeights, Norm, block_weights
+from sd_lens.models.blocks import block_weights
+from sd_lens.models.views import BlockWeights, Norm
 from tests import tiny
 from tests.oracles.jacobians import attention_jacobian
 

@@ -8,7 +8,7 @@ from sd_lens.linear.approximations import attention_map, block_map, ffn_map
 from sd_lens.linear.gaussian import activation_function
 from sd_lens.linear.jacobians import jacobian_maps
 from sd_lens.linear.lone_token import after_block, lone_attention, mlp_write
-from sd_lens.models.blocks import SUPPORTED, block_weights
+from sd_lens.models.blocks import MIXTURES, SUPPORTED, block_weights
 from sd_lens.models.hooks import run_with_hooks
 from tests import tiny
 from tests.oracles.responses import normalized, responses
@@ -33,7 +33,8 @@ def assert_constant(rows):
 
 
 def test_every_supported_architecture_is_among_them():
-    assert {type(build()).__name__ for build in tiny.ARCHITECTURES.values()} == set(SUPPORTED)
+    assert {type(build()).__name__ for build in tiny.ARCHITECTURES.values()} == set(SUPPORTED) - set(MIXTURES)
+    assert {type(build()).__name__ for build in tiny.MIXTURES.values()} == set(MIXTURES)  # tested in test_mixtures.py
 
 
 def test_attention_is_linear_as_A_says_once_the_norms_scale_is_taken_out(model):

@@ -112,6 +112,11 @@ def use_write_report(model):
         sd_lens.write_report(model, Path(folder) / "report.html", planted.llama().texts[:14], progress=False)
 
 
+def use_quantize(model):
+    with sd_lens.quantize(model, [1]):
+        model(TOKENS)
+
+
 USES = {
     "write_report": use_write_report,
     "scan_norms": lambda model: scan_norms(model, [TOKENS], progress=False),
@@ -122,6 +127,27 @@ USES = {
     "forecast": lambda model: sd_lens.forecast(model, score_layer=1, progress=False),
     "predict_norms": lambda model: sd_lens.predict_norms(model, torch.ones(model.cfg.d_model), 5.0, 0, progress=False),
     "capture_linear_maps": lambda model: sd_lens.capture_linear_maps(model, [TOKENS] * 4, progress=False),
+    "attention_sinks": lambda model: sd_lens.attention_sinks(model, TOKENS, progress=False),
+    "massive_activations": lambda model: sd_lens.massive_activations(model, TOKENS, progress=False),
+    "sinks_without": lambda model: sd_lens.sinks_without(
+        model, TOKENS, 1, torch.ones(model.cfg.d_model), progress=False
+    ),
+    "super_weights": lambda model: sd_lens.super_weights(model, TOKENS, 1, neurons=1, entries=1, progress=False),
+    "explosion_path": lambda model: sd_lens.explosion_path(model, 1, 3.0, progress=False),
+    "explosion_in_context": lambda model: sd_lens.explosion_in_context(
+        model, sd_lens.explosion_path(model, 1, 3.0, progress=False), TOKENS, progress=False
+    ),
+    "explosion_subspace": lambda model: sd_lens.explosion_subspace(model, 1, progress=False),
+    "quantize": use_quantize,
+    "perplexity": lambda model: sd_lens.perplexity(model, TOKENS, progress=False),
+    "quantization_report": lambda model: sd_lens.quantization_report(model, TOKENS, [1], n_controls=1, progress=False),
+    "search_spared_layers": lambda model: sd_lens.search_spared_layers(model, TOKENS, steps=1, progress=False),
+    "forecast_rounding": lambda model: sd_lens.forecast_rounding(model, n_probes=16, progress=False),
+    "smoothing_factors": lambda model: sd_lens.smoothing_factors(model, TOKENS, progress=False),
+    "spare_list": lambda model: sd_lens.spare_list(model, [1]),
+    "activation_outliers": lambda model: sd_lens.activation_outliers(model, TOKENS, progress=False),
+    "signature": lambda model: sd_lens.signature(model, TOKENS, progress=False),
+    "signature_trajectory": lambda model: sd_lens.signature_trajectory([("last", model)], progress=False),
     "observe_behaviour": lambda model: sd_lens.observe_behaviour(model, [TOKENS], progress=False),
     "attribute": lambda model: sd_lens.attribute(model, TOKENS[0], 2),
     "attribute_corpus": lambda model: sd_lens.attribute_corpus(model, TOKENS, 2, verify_tokens=1, progress=False),
@@ -139,7 +165,11 @@ USES = {
     "sweep_ablations": lambda model: sd_lens.sweep_ablations(model, TOKENS, "mean", progress=False),
     "patch": lambda model: sd_lens.patch(model, TOKENS[0], TOKENS[1], lambda x: x[0, -1, 3], ["z"], progress=False),
 }
-WITHOUT_A_MODEL = {"default_texts", "read_texts"}
+USES_OF_MIXTURES = {
+    "capture_router_weights": lambda model: sd_lens.capture_router_weights(model, TOKENS, progress=False),
+    "expert_defects": lambda model: sd_lens.expert_defects(model, progress=False),
+}
+WITHOUT_A_MODEL = {"default_texts", "lineage", "read_texts"}
 
 
 @pytest.mark.parametrize("name", USES)
@@ -149,6 +179,14 @@ def test_public_functions_leave_no_trace(tiny_model, name):
     USES[name](tiny_model)
     assert_unchanged(before, state(tiny_model))
     assert all(p.grad is None for p in tiny_model.parameters())
+
+
+@pytest.mark.parametrize("name", USES_OF_MIXTURES)
+def test_public_functions_for_mixtures_leave_no_trace(backend, name):
+    model = tiny.wrap(tiny.mixtral(), backend)
+    before = state(model)
+    USES_OF_MIXTURES[name](model)
+    assert_unchanged(before, state(model))
 
 
 @pytest.mark.filterwarnings("ignore::sd_lens.errors.SmallGapWarning")
@@ -161,7 +199,7 @@ def test_a_report_that_attributes_and_ablates_leaves_no_trace(planted_defect, ba
 
 def test_no_public_function_is_left_out():
     functions = {name for name in sd_lens.__all__ if inspect.isfunction(getattr(sd_lens, name))}
-    assert functions - WITHOUT_A_MODEL - {"load_model"} == set(USES)
+    assert functions - WITHOUT_A_MODEL - {"load_model"} == set(USES) | set(USES_OF_MIXTURES)
 
 
 def test_a_users_own_hook_stays(tiny_model):

@@ -111,6 +111,22 @@ def test_a_hub_name_and_a_short_name_load_from_the_hubs_cache(tmp_path, monkeypa
     for name in ("openai-community/gpt2", "gpt2-small"):
         torch.testing.assert_close(logits(load_model(name, backend=backend)), expected, rtol=1e-4, atol=1e-4)
 
+    early = snapshot.parent / "4567"
+    tiny.gpt2(seed=1).save_pretrained(early)
+    tiny.tokenizer().save_pretrained(early)
+    (snapshot.parent.parent / "refs" / "step1000").write_text("4567")
+    with torch.no_grad():
+        expected = tiny.gpt2(seed=1)(TOKENS).logits
+    model = load_model("openai-community/gpt2", revision="step1000", backend=backend)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    assert model.cfg.model_name == "openai-community/gpt2@step1000"
+
+
+def test_only_hub_names_have_revisions(folder):
+    for source in (folder, str(folder), "smollm2-135m", "model.gguf", tiny.llama()):
+        with pytest.raises(InputError, match="revision='main': only a hub name has revisions"):
+            load_model(source, revision="main")
+
 
 def test_without_network_a_hub_name_is_one_sentence():
     with pytest.raises(ModelLoadError, match="cannot load the tokenizer of nobody/nothing"):

@@ -25,7 +25,7 @@ def visited(tmp_path_factory):
 
 def test_every_figure_is_drawn(visited):
     figures = re.split(r'<div id="figure-\d+"', visited.dom)[1:]
-    assert len(figures) == 12
+    assert len(figures) == 23
     for figure in figures:
         assert "main-svg" in figure
     assert sum('class="gl-container"' in f and "<canvas" in f for f in figures) == 1  # the surface

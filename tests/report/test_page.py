@@ -24,7 +24,7 @@ def test_the_report_is_one_file_with_sentences_figures_table_and_settings(model,
     sentences = write_report(model, path, planted.llama().texts, progress=False)
     page = path.read_text(encoding="utf-8")
     assert all(sentence in page for sentence in sentences)
-    assert page.count("<figure>") == 12
+    assert page.count("<figure>") == 23
     assert len(re.findall(r"!function\(|plotly\.js v", page)) >= 1
     assert page.count("plotly.js v") == 1  # the script, once
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)  # nothing from elsewhere
