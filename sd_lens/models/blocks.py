@@ -1,7 +1,7 @@
 """From a model to the views of its blocks.
 
-This is the only module that knows how HookedTransformer and TransformerBridge store weights, and which
-architectures there are. Everything above it reads the views.
+This module and `linear_layers.py` alone know how HookedTransformer and TransformerBridge store weights, and which
+architectures there are. Everything above them reads the views, or `LinearGroup`s to quantize.
 """
 
 from __future__ import annotations
