@@ -89,8 +89,8 @@ def mixtral():
         num_experts_per_tok=2,
     )
     tiny.randomised(model, scale=0.02)
-    _marked_embeddings(model.model.embed_tokens.weight)
     direction = _direction()
+    _marked_embeddings(model.model.embed_tokens.weight, direction)
     marker = torch.nn.functional.one_hot(torch.tensor(0), WIDTH).float()
     mlp = model.model.layers[EXPLOSION].mlp
     mlp.gate.weight[EXPERT] = marker
