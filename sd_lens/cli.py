@@ -74,6 +74,13 @@ def _add_report(commands: Any) -> None:
         action="store_true",
         help="also measure what 8-bit quantization costs, and what sparing W_out buys",
     )
+    report.add_argument(
+        "--compare",
+        metavar="FILE",
+        nargs="+",
+        default=(),
+        help="signatures of other models (sd-lens signature): which of them share a base with this one",
+    )
     report.set_defaults(run=_report)
 
 
@@ -171,7 +178,7 @@ def _layers(text: str) -> tuple[int, ...]:
 def _report(options: argparse.Namespace) -> int:
     from sd_lens import write_report  # slow to import, and not needed for --help
 
-    texts = _texts(options)
+    texts, compared = _texts(options), _signatures(options.compare)
     sentences = write_report(
         _model(options),
         options.out,
@@ -179,6 +186,7 @@ def _report(options: argparse.Namespace) -> int:
         prepend_bos=options.prepend_bos,
         threshold=options.threshold,
         quantize=options.quantize,
+        compare=compared,
         texts_name=options.texts,
     )
     for sentence in sentences:
@@ -221,12 +229,9 @@ def _signature(options: argparse.Namespace) -> int:
 
 
 def _lineage(options: argparse.Namespace) -> int:
-    from sd_lens import Signature, lineage
+    from sd_lens import lineage
 
-    found = lineage(
-        {name: Signature.load(file) for name, file in _names(options.files).items()},
-        false_positive_rate=options.false_positive_rate,
-    )
+    found = lineage(_signatures(options.files), false_positive_rate=options.false_positive_rate)
     digits = {"angle": 2, "threshold": 2, "shared": 0, "required": 0, "log10_p": 1, "spectral_distance": 4}
     formatters = {column: f"{{:.{n}f}}".format for column, n in digits.items()}
     table = found.to_dataframe().astype(dict.fromkeys(digits, float))
@@ -234,6 +239,12 @@ def _lineage(options: argparse.Namespace) -> int:
     print()
     print(found)
     return 0
+
+
+def _signatures(files: Sequence[str]) -> dict[str, Any]:
+    from sd_lens import Signature
+
+    return {name: Signature.load(file) for name, file in _names(files).items()}
 
 
 def _names(files: Sequence[str]) -> dict[str, str]:

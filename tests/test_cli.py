@@ -56,6 +56,7 @@ def test_options_reach_the_report(folder, texts, tmp_path, capsys):
         (["report", "./nowhere"], "sd-lens: there is no folder ./nowhere\n"),
         (["report", "x.gguf"], "sd-lens: there is no file x.gguf\n"),
         (["report", "x.gguf", "--texts", "none.txt"], "sd-lens: cannot read the texts of none.txt: "),
+        (["report", "x.gguf", "--compare", "none.safetensors"], "sd-lens: there is no file none.safetensors\n"),
         (["report", "./nowhere", "--device", "cuda:77"], "sd-lens: device 'cuda:77' cannot be used here: "),
     ],
 )  # fmt: skip

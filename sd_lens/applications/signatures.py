@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
 from torch import Tensor
 
 from sd_lens.errors import InputError
@@ -103,7 +103,7 @@ class Signature:
 
 def signature(
     model: Any,
-    texts: Texts | None = None,
+    texts: Texts | HighNormTokens | Forecast | None = None,
     *,
     prepend_bos: bool | None = None,
     batch_tokens: int = 4096,
@@ -117,7 +117,7 @@ def signature(
     Args:
         model: a `HookedTransformer` or `TransformerBridge`, folded or not.
         texts: the direction is the mean of the high-norm states in them (`find_high_norm_tokens`). Without texts it
-            is forecast by random embeddings (`forecast`).
+            is forecast by random embeddings (`forecast`). The result of either function serves too.
         prepend_bos: put a beginning-of-sequence token in front of texts; None for the model's habit.
         batch_tokens: tokens of texts run at a time.
         seed: of the random embeddings, and of the singular values' iteration.
@@ -130,15 +130,15 @@ def signature(
 
     Source: Wang et al. 2025 (the direction as a signature of a model and its fine-tunes).
     """
-    if texts is None:
-        forecasted = forecast(model, scores=False, seed=seed, progress=progress)
-        found: HighNormTokens | Forecast = forecasted
-        ratios = forecasted.norms / forecasted.ordinary_norms
+    if isinstance(texts, (HighNormTokens, Forecast)):
+        found = texts
+    elif texts is None:
+        found = forecast(model, scores=False, seed=seed, progress=progress)
     else:
-        observed = find_high_norm_tokens(
+        found = find_high_norm_tokens(
             model, texts, prepend_bos=prepend_bos, batch_tokens=batch_tokens, progress=progress
         )
-        found, ratios = observed, observed.scan.maximum / observed.scan.ordinary_median
+    source, ratios = _norm_ratios(found)
     spectra = singular_spectra(
         model, k=min(_N_VALUES, model.cfg.d_model), convention="pre-gain", seed=seed, progress=progress
     )
@@ -148,7 +148,14 @@ def signature(
         explosion_layers=found.explosion_layers,
         decay_layers=found.decay_layers,
         norm_ratio=float(ratios.max()),
-        source="weights" if texts is None else "texts",
+        source=source,
         model_name=spectra.model_name,
         d_model=model.cfg.d_model,
     )
+
+
+def _norm_ratios(found: HighNormTokens | Forecast) -> tuple[Source, Float64[Tensor, " layer"]]:
+    """Where the norms come from, and the largest against the median of ordinary ones after each block."""
+    if isinstance(found, Forecast):
+        return "weights", found.norms / found.ordinary_norms
+    return "texts", found.scan.maximum / found.scan.ordinary_median

@@ -50,7 +50,7 @@ class SpareList:
     def __str__(self) -> str:
         return (
             f"SpareList: {', '.join(self.modules) or 'nothing'} ({self.n_parameters:,} weights, "
-            f"{100 * self.parameter_share:.2g} % of the linear layers')"
+            f"{100 * self.parameter_share:.2g} % of the blocks' linear weights)"
         )
 
     __repr__ = __str__

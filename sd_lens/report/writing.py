@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sd_lens import figures
+from sd_lens.applications.lineage import Lineage, lineage
 from sd_lens.applications.quantization_report import QuantizationReport, quantization_report
+from sd_lens.applications.signatures import Signature, signature
 from sd_lens.errors import InputError, NumericalError
 from sd_lens.explanations.contexts import explosion_in_context
 from sd_lens.explanations.decay import defect_eigenvalues
@@ -32,6 +34,7 @@ from sd_lens.observations.texts import Texts, default_texts, resolved_prepend_bo
 from sd_lens.report.explosions import Explosion, explosion_figures, explosion_sentences
 from sd_lens.report.findings import findings
 from sd_lens.report.forecasts import Forecasts, forecast_figures, forecast_sentences
+from sd_lens.report.kinship import THIS_MODEL, kinship_figures, kinship_sentences
 from sd_lens.report.origins import origin_figures, origin_sentences
 from sd_lens.report.page import Page
 from sd_lens.report.rounding import rounding_figures, rounding_sentences
@@ -57,6 +60,7 @@ def write_report(
     threshold: float | Literal["auto"] = "auto",
     max_length: int | None = None,
     quantize: bool = False,
+    compare: Mapping[str, Signature] | None = None,
     texts_name: str | None = None,
     progress: bool = True,
 ) -> list[str]:
@@ -71,6 +75,7 @@ def write_report(
         max_length: as for `find_high_norm_tokens`.
         quantize: also measure what simulated quantization (W8A8) does to the perplexity of the first texts, and what
             sparing the `W_out` of explosion and decay blocks buys; some ten more runs of them.
+        compare: signatures of other models, by name: which of them share a base with this one (`lineage`)?
         texts_name: how the page calls the texts.
         progress: show progress bars.
 
@@ -79,6 +84,8 @@ def write_report(
         NotSupportedError: for an architecture that is not covered.
         NumericalError: if the model's weights or residual stream are not finite.
     """
+    if compare and THIS_MODEL in compare:
+        raise InputError(f"no other model can be called {THIS_MODEL!r} here: give its signature another name")
     with written_whole(path) as temporary:
         defects = singular_defects(model, progress=progress)
         rows = token_rows(model, default_texts() if texts is None else texts, prepend_bos=prepend_bos)
@@ -92,11 +99,12 @@ def write_report(
         explosions = _explosions(model, found, first, progress)
         origins = norm_origins(model, found, first, progress=progress)
         traces = _traces(model, found, first, progress)
+        kinship = _kinship(model, found, compare, progress) if compare else None
         rounding = _rounding(model, found, first, progress) if quantize else None
         sentences = [
             *findings(found, defects), *forecast_sentences(found, forecasts), *explosion_sentences(explosions),
             *origin_sentences(origins), *([] if traces is None else trace_sentences(traces)),
-            *([] if rounding is None else rounding_sentences(rounding)),
+            *kinship_sentences(found.direction, kinship), *([] if rounding is None else rounding_sentences(rounding)),
         ]  # fmt: skip
         settings = _settings(model, found, defects, threshold)
         settings["texts"] = texts_name or ("the package's default passages" if texts is None else "given")
@@ -107,6 +115,7 @@ def write_report(
             findings=sentences,
             figures=[
                 *_figures(found, defects, spectra, forecasts, explosions, origins, traces),
+                *([] if kinship is None else kinship_figures(kinship)),
                 *([] if rounding is None else rounding_figures(rounding, found)),
             ],
             tokens=found.table,
@@ -176,6 +185,11 @@ def _traces(model: Any, found: HighNormTokens, first: Sequence[Tensor], progress
         massive=massive_activations(model, rows, progress=progress),
         super_weights=[each for each in supers if each is not None],
     )
+
+
+def _kinship(model: Any, found: HighNormTokens, others: Mapping[str, Signature], progress: bool) -> Lineage:
+    """The model among others, by its direction as observed."""
+    return lineage({THIS_MODEL: signature(model, found, progress=progress), **others})
 
 
 def _rounding(model: Any, found: HighNormTokens, first: Sequence[Tensor], progress: bool) -> QuantizationReport | None:

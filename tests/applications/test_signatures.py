@@ -26,6 +26,7 @@ def test_from_texts_it_is_what_they_showed(planted_defect, backend):
     assert found.norm_ratio == float((observed.scan.maximum / observed.scan.ordinary_median).max())
     spectra = singular_spectra(model, convention="pre-gain", progress=False)
     torch.testing.assert_close(found.spectrum, spectra.values.float())
+    assert torch.equal(signature(model, observed, progress=False).direction, found.direction)
     assert (found.source, found.d_model) == ("texts", planted.WIDTH)
     assert "from texts: d_model 64, explosion blocks (2,), decay blocks (4,), norms up to" in str(found)
 
@@ -35,6 +36,7 @@ def test_from_weights_it_is_the_forecast(backend):
     model = tiny.wrap(defect.hf_model, backend)
     found, forecasted = signature(model, progress=False), forecast(model, progress=False)
     assert torch.equal(found.direction, forecasted.direction.float())
+    assert signature(model, forecasted, progress=False).source == found.source == "weights"
     assert acute_angles(found.direction[None], defect.direction).item() < 10
     assert found.explosion_layers == (planted.EXPLOSION,)
     assert found.norm_ratio == float((forecasted.norms / forecasted.ordinary_norms).max())
