@@ -23,7 +23,7 @@ def _threads(request):
     torch.set_num_threads(every)
 
 
-@pytest.fixture(params=tiny.BACKENDS)
+@pytest.fixture(scope="session", params=tiny.BACKENDS)
 def backend(request):
     return request.param
 

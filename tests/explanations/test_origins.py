@@ -10,10 +10,10 @@ from sd_lens.report.origins import origin_figures, origin_sentences
 from tests import planted, tiny
 
 
-@pytest.fixture
-def planted_origins(planted_defect, backend):
-    model = tiny.wrap(planted_defect.hf_model, backend)
-    texts = planted_defect.texts
+@pytest.fixture(scope="module", params=[planted.llama, planted.gpt2], ids=["llama", "gpt2"])
+def planted_origins(request, backend):
+    defect = request.param()
+    model, texts = tiny.wrap(defect.hf_model, backend), defect.texts
     found = find_high_norm_tokens(model, texts, progress=False)
     return model, found, norm_origins(model, found, list(texts[:26]), progress=False)
 
