@@ -12,8 +12,9 @@ REPORT ?= report.html
 demo: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/sd-lens report smollm2-135m --out $(REPORT)
 
+# One thread a process: together they have as many as there are cores.
 test: $(VENV)/installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -77,7 +77,11 @@ def packaged_folder(dequantise: Callable[[Path, Path], None]) -> Path:
             dequantise(gguf, made)
             checksums = {file.name: _sha256(file) for file in sorted(made.iterdir())}
             (made / _MANIFEST).write_text(json.dumps(checksums, indent=2), encoding="utf-8")
-            made.replace(folder)
+            try:
+                made.replace(folder)
+            except OSError:
+                if not folder.exists():  # or else another process was quicker
+                    raise
     _verify(folder)
     return folder
 

@@ -84,6 +84,16 @@ def test_an_interrupted_dequantisation_leaves_nothing(cache):
     assert list(json.loads(manifest.read_text())) == ["model.safetensors"]
 
 
+def test_two_processes_may_fetch_it_at_once(cache):
+    def overtaken(gguf, folder):
+        dequantise(gguf, folder)
+        packaged.packaged_folder(dequantise)  # the other process, before this one is done
+
+    folder = packaged.packaged_folder(overtaken)
+    assert (folder / "model.safetensors").read_bytes() == b"GGUF weightsGGUF weights"
+    assert not any(".new-" in name for name in files(cache.folder))
+
+
 def test_an_unwritable_cache_is_named(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
