@@ -197,6 +197,7 @@ def mpt(**options):
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 ARCHITECTURES = {
     "llama": llama, "mistral": mistral, "qwen2": qwen2, "gpt2": gpt2, "phi3": phi3, "gptj": gptj, "opt": opt,
+    "llama biased": lambda: llama(attention_bias=True, mlp_bias=True),
     "gpt_neox": gpt_neox,
     "gpt_neox sequential": lambda: llama_like("GPTNeoX", use_parallel_residual=False),
     "phi": lambda: llama_like("Phi"),
@@ -220,7 +221,7 @@ MIXTURES = {
 }
 """Every mixture of experts; block 1 is one, block 0 is not if interleaved."""
 
-BRIDGE_ONLY = {"phi", "falcon", "falcon sequential", "gemma", "gemma2", "gemma3", "mpt"}
+BRIDGE_ONLY = {"llama biased", "phi", "falcon", "falcon sequential", "gemma", "gemma2", "gemma3", "mpt"}
 """Those that HookedTransformer does not know, or does not make from a configuration in memory."""
 
 BOOTING = [(name, backend) for name in ARCHITECTURES for backend in BACKENDS

@@ -44,7 +44,9 @@ def mlp_neurons(block: BlockWeights, x: Streams) -> Float[Tensor, "token d_mlp"]
     """What the MLP's neurons give to `W_out` (`hook_post`), from their inputs behind the norm in front of the MLP."""
     act = activation_function(block.act_fn)
     linear = _plus(x @ block.W_in.to(x.dtype), block.b_in)
-    return act(linear) if block.W_gate is None else linear * act(_plus(x @ block.W_gate.to(x.dtype), block.b_gate))
+    if block.W_gate is None:
+        return act(linear)
+    return _plus(linear * act(_plus(x @ block.W_gate.to(x.dtype), block.b_gate)), block.b_neurons)
 
 
 def mlp_output(block: BlockWeights, x: Streams) -> Streams:

@@ -94,10 +94,9 @@ def _weights(model: Any, layer: int, mlp: Any) -> BlockWeights:
         raise NotSupportedError(f"not supported yet: weights stored as {mlp.W_in.dtype}; dequantise them first")
     W_gate = _tensor(mlp, "W_gate")
     b_V = _bias(attn, "b_V")
-    b_in, b_gate = _tensor(mlp, "b_in"), _tensor(mlp, "b_gate")
-    if W_gate is not None and b_in is not None and bool((b_in != 0).any()):
-        # HookedTransformer adds b_in after the product with the gate, Hugging Face before it.
-        raise NotSupportedError("not supported yet: a gated MLP with biases")
+    b_in, b_neurons = _bias(mlp, "b_in"), None
+    if W_gate is not None and _original_config(model) is None:
+        b_in, b_neurons = None, b_in  # HookedTransformer adds it behind the product with the gate
     return BlockWeights(
         layer=layer,
         attention_norm=_norm(cfg, block.ln1),
@@ -107,8 +106,8 @@ def _weights(model: Any, layer: int, mlp: Any) -> BlockWeights:
         W_in=mlp.W_in.detach(),
         W_gate=W_gate,
         W_out=mlp.W_out.detach(),
-        b_in=None if W_gate is not None else b_in,
-        b_gate=b_gate,
+        b_in=b_in,
+        b_gate=_bias(mlp, "b_gate"),
         act_fn=_activation(model),
         attention_post_gain=_post_gain(cfg, block, "ln1_post"),
         mlp_post_gain=_post_gain(cfg, block, "ln2_post"),
@@ -116,6 +115,7 @@ def _weights(model: Any, layer: int, mlp: Any) -> BlockWeights:
         b_V=None if b_V is None else _value_heads(cfg, b_V),
         b_O=_bias(attn, "b_O"),
         b_out=_bias(mlp, "b_out"),
+        b_neurons=b_neurons,
     )
 
 

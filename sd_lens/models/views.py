@@ -78,6 +78,7 @@ class BlockWeights:
         b_V: bias of the values, one per key-value head, None if absent.
         b_O: bias of attention's output, None if absent or zero.
         b_out: bias of the MLP's output, None if absent or zero.
+        b_neurons: added to gated neurons behind the gate, by HookedTransformer alone (its `b_in`), None if zero.
     """
 
     layer: int
@@ -97,6 +98,7 @@ class BlockWeights:
     b_V: Float[Tensor, "kv_head d_head"] | None = None  # noqa: N815 - TransformerLens's name
     b_O: Float[Tensor, " d_model"] | None = None  # noqa: N815 - TransformerLens's name
     b_out: Float[Tensor, " d_model"] | None = None
+    b_neurons: Float[Tensor, " d_mlp"] | None = None
 
     @property
     def d_model(self) -> int:

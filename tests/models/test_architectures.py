@@ -60,7 +60,9 @@ def test_the_mlp_is_what_the_views_tensors_compute(model):
     gate = x @ (block.W_in if block.W_gate is None else block.W_gate).double()
     bias = block.b_in if block.W_gate is None else block.b_gate
     h = activation_function(block.act_fn)(gate if bias is None else gate + bias.double())
-    h = h if block.W_gate is None else h * (x @ block.W_in.double())
+    if block.W_gate is not None:
+        linear = x @ block.W_in.double()
+        h = h * (linear if block.b_in is None else linear + block.b_in.double())
     written = h @ block.W_out.double()
     written = written if block.mlp_post_gain is None else written * block.mlp_post_gain.double()
     assert written.std(dim=0).mean() > 0.05
@@ -85,6 +87,18 @@ def test_a_lone_token_runs_through_the_view_as_through_the_model(model):
         x = scale * streams(model, 8)
         expected = after_running(model, x)
         torch.testing.assert_close(after_block(block, x), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.skipif("hooked_transformer" not in tiny.BACKENDS, reason="there is no HookedTransformer")
+def test_hooked_transformers_bias_behind_the_gate_is_no_bias_in_front_of_it():
+    """It is zero in every converted model, and not in one that was trained further."""
+    model = tiny.wrap(tiny.llama(), "hooked_transformer")
+    before = ffn_map(block_weights(model, LAYER)).dense()
+    torch.nn.init.normal_(model.blocks[LAYER].mlp.b_in, generator=torch.Generator().manual_seed(1))
+    test_a_lone_token_runs_through_the_view_as_through_the_model(model)
+    test_the_jacobian_is_what_small_steps_of_the_running_model_show(model)
+    assert torch.equal(ffn_map(block_weights(model, LAYER)).dense(), before)
+    assert attribute(model, TEXT, layer=LAYER).residual_error < 1e-5
 
 
 def test_the_jacobian_is_what_small_steps_of_the_running_model_show(model):
