@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from transformers.utils import logging
 
 from sd_lens import default_texts, lineage, load_model, signature
-from sd_lens.applications.lineage import NOT_COMPARABLE, OTHER_CHANNELS, RELATED
+from sd_lens.applications.lineage import EQUAL_SPECTRA, NOT_COMPARABLE, RELATED
 from sd_lens.linear.largest_channels import channels_beyond_chance, shared_channels
 from sd_lens.linear.random_angles import chance_angle
 from sd_lens.models.loading import _dequantise
@@ -230,9 +230,9 @@ def variants_of_smollm2(folder, steps):
         ("half of the vocabulary", RELATED, lambda: with_tokens(fresh(), kept)),
         ("without blocks 14, 16, 18, 20", RELATED, lambda: without_blocks(fresh(), (14, 16, 18, 20))),
         ("norms folded", RELATED, lambda: folded(fresh())),
-        ("channels permuted", OTHER_CHANNELS, lambda: in_channels(fresh(), order)),
-        ("channels rotated", OTHER_CHANNELS, lambda: in_channels(fresh(), rotation)),
-        ("channels rotated, 8 bits", OTHER_CHANNELS, lambda: rounded(in_channels(fresh(), rotation), 8)),
+        ("channels permuted", EQUAL_SPECTRA, lambda: in_channels(fresh(), order)),
+        ("channels rotated", EQUAL_SPECTRA, lambda: in_channels(fresh(), rotation)),
+        ("channels rotated, 8 bits", EQUAL_SPECTRA, lambda: rounded(in_channels(fresh(), rotation), 8)),
         ("entries shuffled", NOT_COMPARABLE, lambda: shuffled(fresh())),
         ("initialized anew", NOT_COMPARABLE, lambda: AutoModelForCausalLM.from_config(base.config)),
     ]

@@ -14,6 +14,7 @@ from typing import Any
 
 from sd_lens.applications.spare_list import FORMATS
 from sd_lens.errors import InputError, SdLensError
+from sd_lens.storage import written_whole
 
 _DESCRIPTION = "Where do a language model's high-norm tokens come from?"
 _EPILOG = """examples:
@@ -168,11 +169,17 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _threshold(text: str) -> float | str:
-    return text if text == "auto" else float(text)
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a norm; expected a number or auto") from None
 
 
 def _layers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are not blocks; expected numbers such as 2,11") from None
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -221,8 +228,9 @@ def _signature(options: argparse.Namespace) -> int:
     from sd_lens import signature
 
     texts = _texts(options)
-    found = signature(_model(options), texts, prepend_bos=options.prepend_bos)
-    found.save(options.out)
+    with written_whole(options.out) as temporary:  # says at once if it cannot be written
+        found = signature(_model(options), texts, prepend_bos=options.prepend_bos)
+        found.save(temporary)
     print(found)
     print(f"\nThe signature is in {os.path.abspath(options.out)}")
     return 0
@@ -248,16 +256,17 @@ def _signatures(files: Sequence[str]) -> dict[str, Any]:
 
 
 def _names(files: Sequence[str]) -> dict[str, str]:
-    """Files by their names without ending, or as they were given where two would be the same.
+    """Files by their names without ending, or as they were given if two names would be the same.
 
     Raises:
         InputError: for a file that is given twice.
     """
-    for file in files:
-        if files.count(file) > 1:
+    places = [os.path.realpath(file) for file in files]
+    for file, place in zip(files, places, strict=True):
+        if places.count(place) > 1:
             raise InputError(f"{file} is given twice: a model is compared with others, not with itself")
     stems = [os.path.splitext(os.path.basename(file))[0] for file in files]
-    return {file if stems.count(stem) > 1 else stem: file for stem, file in zip(stems, files, strict=True)}
+    return dict(zip(stems if len(set(stems)) == len(stems) else files, files, strict=True))
 
 
 def _texts(options: argparse.Namespace) -> list[str] | None:

@@ -68,8 +68,9 @@ def load_result(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[st
         raise InputError(f"there is no file {path}") from error
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not a safetensors file of sd_lens, or is damaged: {error}") from error
-    if metadata.get("kind") != kind:
-        raise InputError(f"{path} does not hold {kind}; it holds {metadata.get('kind', 'no sd_lens result')}")
+    held = metadata.get("kind") if isinstance(metadata, dict) else None
+    if held != kind:
+        raise InputError(f"{path} does not hold {kind}; it holds {held or 'no sd_lens result'}")
     return tensors, metadata
 
 

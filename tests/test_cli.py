@@ -77,6 +77,7 @@ def test_our_errors_are_one_sentence_and_exit_code_one(arguments, message, capsy
         ["lineage"],
         ["report", "m", "--backend", "jax"],
         ["report", "m", "--threshold", "high"],
+        ["spare", "m", "--layers", "a"],
         ["look"],
     ],
 )
@@ -252,6 +253,11 @@ def test_signatures_of_two_widths_are_not_comparable(tmp_path, capsys):
     assert "0 of 1 pairs related, 1 not comparable; groups 32; 64" in capsys.readouterr().out
 
 
+def test_names_without_ending_are_used_if_they_tell_all_files_apart():
+    assert cli._names(["x/a.b", "c.d"]) == {"a": "x/a.b", "c": "c.d"}
+    assert cli._names(["a.b", "a.c", "a.b.c"]) == {"a.b": "a.b", "a.c": "a.c", "a.b.c": "a.b.c"}
+
+
 def test_bad_signature_files_are_one_sentence(folder, tmp_path, capsys):
     from tests.applications.test_lineage import made, peaked
 
@@ -262,6 +268,7 @@ def test_bad_signature_files_are_one_sentence(folder, tmp_path, capsys):
     for arguments, message in (
         (("lineage", good), "a lineage needs two signatures or more, not 1"),
         (("lineage", good, good), "is given twice"),
+        (("lineage", good, f"{tmp_path}/./good"), "is given twice"),
         (("lineage", good, text), "text is not a safetensors file of sd_lens, or is damaged"),
         (("lineage", good, tmp_path / "gone"), "there is no file"),
         (("lineage", good, folder / "model.safetensors"), "does not hold Signature; it holds no sd_lens result"),

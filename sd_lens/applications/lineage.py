@@ -20,13 +20,14 @@ from sd_lens.linear.angles import acute_angles
 from sd_lens.linear.largest_channels import channels_beyond_chance, log10_chance_of_sharing, shared_channels
 from sd_lens.linear.random_angles import chance_angle
 
-RELATED, OTHER_CHANNELS, UNDECIDED, UNRELATED, NOT_COMPARABLE = (
-    "related", "related in other channels", "undecided", "unrelated", "not comparable",
+RELATED, EQUAL_SPECTRA, UNDECIDED, UNRELATED, NOT_COMPARABLE = (
+    "related", "equal spectra", "undecided", "unrelated", "not comparable",
 )  # fmt: skip
 """The verdicts of `Lineage.table`."""
 
-SAME_SPECTRUM = 0.05
-"""Spectra whose values all agree within this are of one base: measured in docs/signatures.md, without an error rate."""
+EQUAL_WITHIN = 3e-3
+"""Spectra are nearer than this if the channels of a model were permuted or rotated, even if its weights were then
+rounded to 8 bits (docs/signatures.md)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +59,7 @@ class Lineage:
     order: tuple[int, ...] = field(repr=False)
 
     def __str__(self) -> str:
-        n_related = int(self.table.verdict.isin([RELATED, OTHER_CHANNELS]).sum())
+        n_related = int((self.table.verdict == RELATED).sum())
         return (
             f"Lineage of {len(self.names)} models: {n_related} of {len(self.table)} pairs related, "
             f"{int((self.table.verdict == NOT_COMPARABLE).sum())} not comparable; groups "
@@ -69,7 +70,7 @@ class Lineage:
 
     def to_dataframe(self) -> pd.DataFrame:
         """The table of pairs."""
-        return self.table
+        return self.table.copy()
 
 
 def lineage(signatures: Mapping[str, Signature] | Iterable[Signature], *, false_positive_rate: float = 1e-3) -> Lineage:
@@ -79,8 +80,8 @@ def lineage(signatures: Mapping[str, Signature] | Iterable[Signature], *, false_
     trained models have no common order or sign of channels. The rate is shared out among all comparisons. The angle
     alone does not decide, since the directions of language models may lie almost along one channel, and two of
     those come close by chance once in `d_model` times; where only the angle is smaller than that of uniform
-    directions, the pair is undecided. Where the spectra agree but the directions do not, the channels were permuted or
-    rotated: the models are called related in other channels, without an error rate. "Unrelated" means that nothing
+    directions, the pair is undecided. Equal spectra under unlike directions are what a permutation or rotation of the
+    channels leaves behind; that has no error rate, and does not join models in a group. "Unrelated" means that nothing
     speaks against chance. Models of different width, or without a direction, cannot be compared.
 
     Args:
@@ -115,7 +116,7 @@ def lineage(signatures: Mapping[str, Signature] | Iterable[Signature], *, false_
     for (i, j), row in rows.items():
         angles[i, j] = angles[j, i] = row["angle"]
     merges, trees = single_linkage(len(every), [(row["angle"], *pair) for pair, row in rows.items()])
-    kin = [(row["angle"], *pair) for pair, row in rows.items() if row["verdict"] in (RELATED, OTHER_CHANNELS)]
+    kin = [(row["angle"], *pair) for pair, row in rows.items() if row["verdict"] == RELATED]
     _, groups = single_linkage(len(every), kin)
     return Lineage(
         names=names,
@@ -165,10 +166,10 @@ def _compared(one: Signature, other: Signature, limits: _Limits) -> dict[str, An
     shared, distance = shared_channels(one.direction, other.direction), _spectral_distance(one, other)
     if limits.shared is not None and shared >= limits.shared:
         verdict = RELATED
-    elif distance < SAME_SPECTRUM:
-        verdict = OTHER_CHANNELS
+    elif angle <= limits.angle:
+        verdict = UNDECIDED
     else:
-        verdict = UNDECIDED if angle <= limits.angle else UNRELATED
+        verdict = EQUAL_SPECTRA if distance < EQUAL_WITHIN else UNRELATED
     return {
         "angle": angle,
         "threshold": limits.angle,

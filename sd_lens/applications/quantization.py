@@ -48,7 +48,7 @@ def quantize(
         InputError: for blocks that do not exist, nothing to spare automatically, or factors of another model.
         NotSupportedError: for an architecture that is not covered, mixtures of experts among them, or a wrapper whose
             forward pass goes around its own linear layers.
-        NumericalError: if a weight is not finite.
+        NumericalError: if a weight that is to be rounded is not finite.
 
     Example:
         >>> with quantize(model, spare="auto"):  # doctest: +SKIP
@@ -87,11 +87,13 @@ class RoundedGroup:
         self._undo = ExitStack()
 
     def __enter__(self) -> RoundedGroup:
-        for point in self.group.points:
-            self._undo.callback(point.edited(partial(self._rounded_input, point)).remove)
-        for parameter, value in self._swaps:
-            self._undo.callback(setattr, parameter, "data", parameter.data)
-            parameter.data = value
+        with ExitStack() as undo:  # undone here if it is interrupted before the end
+            for point in self.group.points:
+                undo.callback(point.edited(partial(self._rounded_input, point)).remove)
+            for parameter, value in self._swaps:
+                undo.callback(setattr, parameter, "data", parameter.data)
+                parameter.data = value
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:

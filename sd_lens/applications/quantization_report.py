@@ -25,13 +25,18 @@ _SMOOTHED: dict[str, tuple[Reads, ...]] = {
 }
 
 
+_SMALLEST_GAP = 0.01
+"""Of the full-precision perplexity; what is less is noise, of which no share can be closed."""
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizationReport:
     """Perplexities of a model under simulated quantization.
 
     Attributes:
         table: method, kind (full, rounded, spared, control, smoothed, both), layers (spared), perplexity, loss (nats
-            per token), gap_closed (share of the gap between rounded and full perplexity; NaN without a gap), n_spared,
+            per token), gap_closed (share of the gap between rounded and full perplexity; NaN where that is less than a
+            hundredth of the full one), n_spared,
             n_parameters and parameter_share (spared weights, of all of the blocks' linear layers).
         spared: the modules that were spared.
         scheme: how everything else was rounded.
@@ -62,7 +67,7 @@ class QuantizationReport:
 
     @property
     def gap_closed(self) -> float:
-        """The share of the gap that sparing closes; NaN where rounding costs nothing."""
+        """The share of the gap that sparing closes; NaN where rounding costs next to nothing."""
         return self._of("spared", "gap_closed")
 
     @property
@@ -76,11 +81,16 @@ class QuantizationReport:
         return self._of("smoothed", "gap_closed")
 
     def __str__(self) -> str:
+        closed = (
+            ": there is no gap to close"
+            if math.isnan(self.gap_closed)
+            else f": {100 * self.gap_closed:.1f} % of the gap closed"
+            + ("" if math.isnan(self.best_control) else f", other blocks at most {100 * self.best_control:.1f} %")
+        )
         return (
             f"QuantizationReport ({self.scheme}): perplexity {self.full_perplexity:.4g} in full precision, "
             f"{self.rounded_perplexity:.4g} rounded, {self.spared_perplexity:.4g} with W_out of blocks "
-            f"{self.spared.layers} spared: {100 * self.gap_closed:.1f} % of the gap closed, other blocks at most "
-            f"{100 * self.best_control:.1f} %"
+            f"{self.spared.layers} spared{closed}"
         )
 
     __repr__ = __str__
@@ -115,11 +125,11 @@ def quantization_report(
             or so.
         spare: as for `quantize`; at least one block.
         scheme: bits, and which numbers share a step.
-        n_controls: random sets of as many blocks, none of them spared.
+        n_controls: random sets of as many blocks, none of them spared; fewer where the model has not so many.
         alpha: of SmoothQuant, which is tried behind norms (as published), with `W_out` as well, and (behind norms)
             together with sparing; None leaves it out.
         calibration: texts for SmoothQuant; `texts` by default, which flatters it.
-        window: of `perplexity`, in chunks.
+        window: of `perplexity`, in chunks, which the calibration and the outliers are of as well.
         prepend_bos: put a beginning-of-sequence token in front of texts; None for the model's habit.
         seed: of the controls.
         progress: show progress bars.
@@ -137,18 +147,19 @@ def quantization_report(
     if n_controls < 0:
         raise InputError(f"n_controls={n_controls}: expected 0 or more")
     rows = list(token_rows(model, texts, prepend_bos=prepend_bos))
-    factors = {}
-    if alpha is not None:
-        for name, reads in _SMOOTHED.items():
-            factors[name] = smoothing_factors(
-                model, rows if calibration is None else calibration, alpha,
-                reads=reads, prepend_bos=prepend_bos, max_length=window, progress=progress,
-            )  # fmt: skip
 
     def measured() -> Perplexity:
         return perplexity(model, rows, window=window, progress=progress)
 
     found = [("full precision", "full", spare_list(model, ()), measured())]
+    chunks = [chunk for row in rows if len(row) for chunk in row.split(window or model.cfg.n_ctx)]
+    factors = {}
+    if alpha is not None:
+        for name, reads in _SMOOTHED.items():
+            factors[name] = smoothing_factors(
+                model, chunks if calibration is None else calibration, alpha,
+                reads=reads, prepend_bos=prepend_bos, max_length=window, progress=progress,
+            )  # fmt: skip
 
     def add(method: str, kind: str, layers: tuple[int, ...], smoothed: str | None = None) -> None:
         with quantize(model, layers, scheme=scheme, smoothing=None if smoothed is None else factors[smoothed]):
@@ -162,13 +173,13 @@ def quantization_report(
         add(name, "smoothed", (), name)
     if factors:
         add("SmoothQuant and spared", "both", spared.layers, "SmoothQuant")
-    outliers = activation_outliers(model, rows, max_length=window, progress=progress)
+    outliers = activation_outliers(model, chunks, progress=progress)
     return QuantizationReport(_table(found), spared, scheme, outliers, found[0][3].n_predicted)
 
 
 def _table(found: list[tuple[str, str, SpareList, Perplexity]]) -> pd.DataFrame:
     full, rounded = found[0][3].value, found[1][3].value
-    gap = rounded - full if rounded > full else math.nan
+    gap = rounded - full if rounded > (1 + _SMALLEST_GAP) * full else math.nan
     return pd.DataFrame(
         [
             {

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float32, Float64
 from torch import Tensor
 
@@ -31,7 +32,8 @@ class Signature:
             convention, so that neither folding the norms nor permuting or rotating the channels changes them.
         explosion_layers: blocks in which norms explode.
         decay_layers: blocks in which they decay.
-        norm_ratio: the largest norm against the median of ordinary ones, where it is largest of all blocks.
+        norm_ratio: the largest norm (of a forecast: the median one of the tokens that explode) against the median of
+            ordinary ones, where it is largest of all blocks.
         source: `"texts"`, if the direction is the mean of what texts showed, or `"weights"`, if it is a forecast.
         model_name: as TransformerLens calls the model.
         d_model: width of the residual stream.
@@ -87,7 +89,7 @@ class Signature:
         """
         tensors, metadata = load_result(path, "Signature")
         try:
-            return cls(
+            found = cls(
                 direction=tensors.get("direction"),
                 spectrum=tensors["spectrum"],
                 explosion_layers=tuple(metadata["explosion_layers"]),
@@ -99,6 +101,13 @@ class Signature:
             )
         except KeyError as error:
             raise InputError(f"{path} holds a Signature without {error}: it is damaged") from error
+        except TypeError as error:
+            raise InputError(f"{path} holds a Signature with {error}: it is damaged") from error
+        direction = torch.zeros(found.d_model) if found.direction is None else found.direction
+        is_finite = all(bool(tensor.isfinite().all()) for tensor in (direction, found.spectrum))
+        if direction.shape != (found.d_model,) or not is_finite:
+            raise InputError(f"{path} holds a Signature of another width than it says, or with NaN: it is damaged")
+        return found
 
 
 def signature(
@@ -124,8 +133,8 @@ def signature(
         progress: show a progress bar.
 
     Raises:
-        InputError: for texts that cannot be used.
-        NotSupportedError: for an architecture or activation that is not covered.
+        InputError: for texts that cannot be used, or what was found in a model of another width.
+        NotSupportedError: for an architecture or activation that is not covered, mixtures of experts among them.
         NumericalError: for weights or activations that are not finite.
 
     Source: Wang et al. 2025 (the direction as a signature of a model and its fine-tunes).
@@ -138,6 +147,8 @@ def signature(
         found = find_high_norm_tokens(
             model, texts, prepend_bos=prepend_bos, batch_tokens=batch_tokens, progress=progress
         )
+    if found.direction is not None and len(found.direction) != model.cfg.d_model:
+        raise InputError(f"the direction has {len(found.direction)} entries: it is of another model")
     source, ratios = _norm_ratios(found)
     spectra = singular_spectra(
         model, k=min(_N_VALUES, model.cfg.d_model), convention="pre-gain", seed=seed, progress=progress
@@ -155,7 +166,7 @@ def signature(
 
 
 def _norm_ratios(found: HighNormTokens | Forecast) -> tuple[Source, Float64[Tensor, " layer"]]:
-    """Where the norms come from, and the largest against the median of ordinary ones after each block."""
+    """Where the norms come from, and high ones against ordinary ones after each block."""
     if isinstance(found, Forecast):
         return "weights", found.norms / found.ordinary_norms
     return "texts", found.scan.maximum / found.scan.ordinary_median

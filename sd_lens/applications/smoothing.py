@@ -43,7 +43,7 @@ class SmoothingFactors:
     __repr__ = __str__
 
     def check(self, groups: Iterable[LinearGroup]) -> None:
-        """Whether the factors are those of this model.
+        """Whether the factors are those of a model of this shape.
 
         Raises:
             InputError: if not.
@@ -137,7 +137,8 @@ class _Calibrating:
         sizes = absmax(real_rows(x, self._batch.real), (0,))[0]
         if not torch.isfinite(sizes).all():
             raise NumericalError(not_finite(self._name, self._batch, x.dtype))
-        torch.maximum(self._largest, sizes, out=self._largest)
+        # HookedTransformer may give each head an input of its own (use_split_qkv_input).
+        torch.maximum(self._largest, sizes.reshape(-1, len(self._largest)).amax(dim=0), out=self._largest)
         return x
 
 

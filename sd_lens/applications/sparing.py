@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,23 +31,28 @@ def layers_to_spare(model: Any, spare: Spare) -> tuple[int, ...]:
 
     Source: Wang et al. 2025, section 5.1 (quantization).
     """
-    if spare == "auto":
+    if isinstance(spare, str) and spare == "auto":
         spare = forecast(model, progress=False)
     if isinstance(spare, Forecast | HighNormTokens):
         found = {*spare.explosion_layers, *spare.decay_layers}
         if not found:
             raise InputError("there is nothing to spare: no block explodes or decays; name the blocks to spare")
-    elif isinstance(spare, str):
+    elif isinstance(spare, str) or not isinstance(spare, Iterable):
         raise InputError(
             f"spare={spare!r}: expected 'auto', blocks, or the result of forecast or find_high_norm_tokens"
         )
     else:
-        found = set(spare)
+        found = {_block(layer) for layer in spare}
     for layer in found:
-        if type(layer) is not int:
-            raise InputError(f"spare: {layer!r} is not a block; blocks are numbered from 0")
         check_layer(model, layer)
     return tuple(sorted(found))
+
+
+def _block(layer: Any) -> int:
+    """A block's number, numpy's integers included."""
+    if isinstance(layer, bool) or not hasattr(layer, "__index__"):
+        raise InputError(f"spare: {layer!r} is not a block; blocks are numbered from 0")
+    return operator.index(layer)
 
 
 def random_controls(n_layers: int, avoid: Iterable[int], n_controls: int, seed: int = 0) -> list[tuple[int, ...]]:

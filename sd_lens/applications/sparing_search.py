@@ -64,7 +64,13 @@ class SparingSearch:
         return float(self.table.forecast_rank.corr(self.table.alone_rank))
 
     def agreement(self, n: int) -> float:
-        """The share of the `n` blocks that suffer most which is also among the `n` that the weights name."""
+        """The share of the `n` blocks that suffer most which is also among the `n` that the weights name.
+
+        Raises:
+            InputError: if the model has not so many blocks.
+        """
+        if not 1 <= n <= len(self.table):
+            raise InputError(f"n={n}: expected 1 to {len(self.table)}, the model's blocks")
         return len({*self.forecast_order[:n]} & {*self.measured_order[:n]}) / n
 
     def __str__(self) -> str:
@@ -99,7 +105,8 @@ def search_spared_layers(
 
     First every block's `W_out` is the only layer that is rounded. Then all layers of the model are, and at each step
     the block is spared without which the divergence from the full-precision model is least. Each takes one run of the
-    texts per block: a few short texts do. One text runs at a time, so that steps are not shared between texts.
+    texts per block: a few short texts do. One text runs at a time, so that steps are not shared between texts. Needs
+    memory for a second copy of the blocks' weights.
 
     Args:
         model: as for `quantize`.

@@ -59,7 +59,7 @@ class SignatureTrajectory:
 
 
 def signature_trajectory(
-    checkpoints: Mapping[str, Any] | Iterable[tuple[str, Any]],
+    checkpoints: Mapping[str, Any] | Iterable[tuple[str, Any] | str | Path],
     texts: Texts | None = None,
     *,
     prepend_bos: bool | None = None,
@@ -70,9 +70,9 @@ def signature_trajectory(
     """The signatures of a training run's checkpoints, and how far each is from the last.
 
     Args:
-        checkpoints: (name, checkpoint) pairs in the order of training, read one after the other, so that a generator
-            needs the memory of one model: `((r, load_model("EleutherAI/pythia-70m", revision=r)) for r in revisions)`.
-            A checkpoint is a loaded model, or what `load_model` takes, such as a folder.
+        checkpoints: folders, or (name, checkpoint) pairs, in the order of training. A checkpoint is a model, or what
+            `load_model` takes. Read one after the other, so that a generator needs the memory of one model:
+            `((r, load_model("EleutherAI/pythia-70m", revision=r)) for r in revisions)`.
         texts: as for `signature`; without them everything comes from the weights alone.
         prepend_bos: as for `signature`.
         batch_tokens: as for `signature`.
@@ -85,15 +85,17 @@ def signature_trajectory(
         NotSupportedError: as `signature`.
         NumericalError: as `signature`.
     """
-
-    def of(checkpoint: Any) -> Signature:
-        model = load_model(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
-        return signature(model, texts, prepend_bos=prepend_bos, batch_tokens=batch_tokens, seed=seed, progress=progress)
-
     if texts is not None and not isinstance(texts, str | Tensor):
         texts = list(texts)  # read once for each checkpoint
-    pairs = checkpoints.items() if isinstance(checkpoints, Mapping) else checkpoints
-    found = [(str(name), of(checkpoint)) for name, checkpoint in pairs]
+    found = []
+    for each in checkpoints.items() if isinstance(checkpoints, Mapping) else checkpoints:
+        name, checkpoint = (Path(each).name, each) if isinstance(each, str | Path) else each
+        model = checkpoint if hasattr(checkpoint, "blocks") else load_model(checkpoint)
+        signed = signature(
+            model, texts, prepend_bos=prepend_bos, batch_tokens=batch_tokens, seed=seed, progress=progress
+        )
+        found.append((str(name), signed))
+        del each, checkpoint, model  # the generator makes the next one now
     if not found:
         raise InputError("a trajectory needs at least one checkpoint")
     names, signatures = zip(*found, strict=True)

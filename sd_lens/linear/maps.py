@@ -10,7 +10,7 @@ model's device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import overload
 
@@ -22,8 +22,8 @@ from sd_lens.errors import InputError
 
 Product = Callable[[Tensor], Tensor]
 
-# Weights below float32 are promoted slice by slice: this many entries at a time (16 MB in float32).
-_PROMOTED_ENTRIES = 4_194_304
+# Weights below float32 are promoted slice by slice: this many entries at a time (4 MB in float32).
+_PROMOTED_ENTRIES = 1_048_576
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,10 @@ def _multiply(W: Tensor, x: Tensor) -> Tensor:
     rows = x.mT.contiguous()
     if W.dtype == x.dtype:
         return (rows @ W.mT).mT
-    slices = W.split(max(1, _PROMOTED_ENTRIES // W.shape[1]))
-    return torch.cat([rows @ part.to(x.dtype).mT for part in slices], dim=1).mT
+    result = torch.empty(len(rows), len(W), dtype=x.dtype, device=x.device)
+    for start, part in _promoted_slices(W, x.dtype):
+        torch.mm(rows, part.mT, out=result[:, start : start + len(part)])
+    return result.mT
 
 
 def _multiply_transposed(W: Tensor, y: Tensor) -> Tensor:
@@ -121,11 +123,23 @@ def _multiply_transposed(W: Tensor, y: Tensor) -> Tensor:
     rows = y.mT.contiguous()
     if W.dtype == y.dtype:
         return (rows @ W).mT
-    height = max(1, _PROMOTED_ENTRIES // W.shape[1])
-    result = torch.zeros(rows.shape[0], W.shape[1], dtype=y.dtype, device=y.device)
-    for part, y_part in zip(W.split(height), rows.split(height, dim=1), strict=True):
-        result += y_part @ part.to(y.dtype)
+    result = torch.zeros(len(rows), W.shape[1], dtype=y.dtype, device=y.device)
+    for start, part in _promoted_slices(W, y.dtype):
+        result.addmm_(rows[:, start : start + len(part)], part)
     return result.mT
+
+
+def _promoted_slices(W: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """The rows of `W` in another type, a few at a time: first row and slice, which the next one overwrites.
+
+    One buffer for all of them, because a slice of its own for each costs more time than promoting it, and leaves the
+    allocator with hundreds of megabytes.
+    """
+    height = min(max(1, _PROMOTED_ENTRIES // W.shape[1]), len(W))
+    buffer = torch.empty(height, W.shape[1], dtype=dtype, device=W.device)
+    for start in range(0, len(W), height):
+        part = W[start : start + height]
+        yield start, buffer[: len(part)].copy_(part)
 
 
 def from_matrix(W: Float[Tensor, "d_out d_in"]) -> LinearMap:

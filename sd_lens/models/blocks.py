@@ -1,21 +1,21 @@
 """From a model to the views of its blocks.
 
-This module and `linear_layers.py` alone know how HookedTransformer and TransformerBridge store weights, and which
-architectures there are. Everything above them reads the views, or `LinearGroup`s to quantize.
+This module, `experts.py` and `linear_layers.py` alone know how HookedTransformer and TransformerBridge store weights,
+and which architectures there are. Everything above them reads the views, or `LinearGroup`s to quantize.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sd_lens.errors import InputError, NotSupportedError
+from sd_lens.models.experts import expert_mlps, is_mixture, router
 from sd_lens.models.hooks import architecture_of
-from sd_lens.models.views import Block, BlockWeights, BlockWrites, MixtureWeights, Norm, NormKind, Router, one_mlp
+from sd_lens.models.views import Block, BlockWeights, BlockWrites, MixtureWeights, Norm, NormKind, one_mlp
 
 MIXTURES = ("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
 """Those of `SUPPORTED` that have mixtures of experts, in some blocks or all."""
@@ -76,14 +76,14 @@ def block_view(model: Any, layer: int) -> Block:
     """
     block = _block(model, layer)
     _check_supported(model, block)
-    if not _is_mixture(block):
+    if not is_mixture(block):
         return _weights(model, layer, block.mlp)
-    mlps = _experts(block.mlp)
+    mlps = expert_mlps(block.mlp)
     first = _weights(model, layer, mlps[0])
     experts = (
         replace(first, W_in=mlp.W_in.detach(), W_gate=mlp.W_gate.detach(), W_out=mlp.W_out.detach()) for mlp in mlps
     )
-    return MixtureWeights(tuple(experts), _router(model.cfg, block.mlp))
+    return MixtureWeights(tuple(experts), router(model.cfg, block.mlp))
 
 
 def _weights(model: Any, layer: int, mlp: Any) -> BlockWeights:
@@ -207,7 +207,7 @@ def _check_supported(model: Any, block: Any) -> None:
     needs_second = not getattr(cfg, "parallel_attn_mlp", False)
     if not hasattr(block, "ln1") or (needs_second and not hasattr(block, "ln2")):
         raise NotSupportedError("not supported yet: blocks without a norm before attention and MLP")
-    if not _is_mixture(block) and any(_tensor(block.mlp, n) is None for n in ("W_in", "W_out")):
+    if not is_mixture(block) and any(_tensor(block.mlp, n) is None for n in ("W_in", "W_out")):
         raise NotSupportedError("not supported yet: MLPs without W_in and W_out")
     # Names last: they catch what no attribute shows, such as Granite's scaled residual writes.
     architecture = architecture_of(model)
@@ -218,37 +218,6 @@ def _check_supported(model: Any, block: Any) -> None:
         raise NotSupportedError("not supported yet: norms behind the residual sum (OPT-350m)")
     if getattr(getattr(original, "attn_config", None), "clip_qkv", None):
         raise NotSupportedError("not supported yet: clipped queries, keys and values (clip_qkv of MPT)")
-
-
-def _is_mixture(block: Any) -> bool:
-    return hasattr(block.mlp, "experts")
-
-
-def _lists_experts(mlp: Any) -> bool:
-    """Whether experts are modules of their own (HookedTransformer), not slices of two tensors (transformers)."""
-    return isinstance(mlp.experts, nn.ModuleList)
-
-
-def _experts(mlp: Any) -> list[Any]:
-    """MLPs with the tensors of each expert; one that all tokens share is the last."""
-    if _lists_experts(mlp):
-        stored = [(expert.W_gate.weight, expert.W_in.weight, expert.W_out.weight) for expert in mlp.experts]
-    else:  # the gate is the first half
-        pairs = zip(mlp.experts.gate_up_proj, mlp.experts.down_proj, strict=True)
-        stored = [(*gate_and_in.chunk(2), W_out) for gate_and_in, W_out in pairs]
-    experts = [SimpleNamespace(W_gate=gate.mT, W_in=linear.mT, W_out=out.mT) for gate, linear, out in stored]
-    shared = getattr(mlp, "shared_expert", None)
-    return experts if shared is None else [*experts, shared]
-
-
-def _router(cfg: Any, mlp: Any) -> Router:
-    shared = getattr(mlp, "shared_expert_gate", None)
-    W_shared = None if shared is None else shared.weight.detach()[0]
-    if _lists_experts(mlp):
-        return Router(mlp.W_gate.weight.detach().mT, cfg.experts_per_token, cfg.norm_topk_prob, W_shared)
-    # Mixtral's router has no such switch: it always divides.
-    renormalized = bool(getattr(mlp.gate, "norm_topk_prob", True))
-    return Router(mlp.gate.weight.detach().mT, mlp.gate.top_k, renormalized, W_shared)
 
 
 def _original_config(model: Any) -> Any:

@@ -151,17 +151,6 @@ def linear_groups(model: Any, layers: Iterable[int] | None = None) -> list[Linea
     return [group for layer in wanted for group in _groups(model, layer, names.of(layer))]
 
 
-def linear_name(model: Any, layer: int, reads: Literal["heads", "neurons"]) -> str:
-    """What transformers calls the linear layer behind the heads (`W_O`), or behind the neurons (`W_out`), of a block.
-
-    Raises:
-        InputError: if there is no such block.
-        NotSupportedError: as `linear_groups`.
-    """
-    block_weights(model, layer)
-    return _names(model).of(layer)[_ROLES[reads][0]]
-
-
 def _names(model: Any) -> _Names:
     architecture = architecture_of(model)
     if architecture not in _NAMES:

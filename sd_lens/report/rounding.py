@@ -14,8 +14,10 @@ from sd_lens.observations.high_norm import HighNormTokens
 from sd_lens.report.findings import named_blocks
 
 
-def rounding_sentences(report: QuantizationReport) -> list[str]:
-    """The findings, HTML-escaped."""
+def rounding_sentences(report: QuantizationReport | None) -> list[str]:
+    """The findings, HTML-escaped; None is for a model in which no block is to be spared."""
+    if report is None:
+        return ["Quantization was not measured: no norm explodes or decays here, so there is nothing to spare."]
     sentences = [_sparing(report), _others(report), _outliers(report)]
     return [html.escape(sentence, quote=False) for sentence in sentences if sentence]
 
@@ -39,7 +41,7 @@ def _sparing(report: QuantizationReport) -> str:
         f"{named_blocks(report.spared.layers)} spared ({100 * report.spared.parameter_share:.2g} % of the weights)"
     )
     closed = (
-        "rounding costs nothing"
+        "rounding costs next to nothing"
         if math.isnan(report.gap_closed)
         else f"{100 * report.gap_closed:.0f} % of the gap closed"
     )
@@ -48,14 +50,14 @@ def _sparing(report: QuantizationReport) -> str:
 
 def _others(report: QuantizationReport) -> str:
     compared = [
-        f"{what} closes {100 * share:.0f} %"
+        f"{what} {'closes' if share >= 0 else 'widens it by'} {100 * abs(share):.0f} %"
         for what, share in (
             ("sparing as many other blocks at best", report.best_control),
             ("SmoothQuant by itself", report.best_smoothing),
         )
         if not math.isnan(share)
     ]
-    return f"For comparison, {' and '.join(compared)} of the gap." if compared else ""
+    return f"For comparison, of the gap, {' and '.join(compared)}." if compared else ""
 
 
 def _outliers(report: QuantizationReport) -> str:

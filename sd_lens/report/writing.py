@@ -104,7 +104,7 @@ def write_report(
         sentences = [
             *findings(found, defects), *forecast_sentences(found, forecasts), *explosion_sentences(explosions),
             *origin_sentences(origins), *([] if traces is None else trace_sentences(traces)),
-            *kinship_sentences(found.direction, kinship), *([] if rounding is None else rounding_sentences(rounding)),
+            *kinship_sentences(found.direction, kinship), *(rounding_sentences(rounding) if quantize else []),
         ]  # fmt: skip
         settings = _settings(model, found, defects, threshold)
         settings["texts"] = texts_name or ("the package's default passages" if texts is None else "given")

@@ -89,7 +89,21 @@ def test_a_permutation_of_channels_defeats_the_angle_and_not_the_spectrum():
     (row,) = lineage({"one": one, "two": two}).table.itertuples()
     assert row.angle > 60
     assert row.spectral_distance < 1e-5
-    assert row.verdict == "related in other channels"
+    assert row.verdict == "equal spectra"
+    assert lineage({"one": one, "two": two}).groups == (("one",), ("two",))  # no error rate, so no group
+
+
+def test_independent_models_of_one_recipe_have_no_equal_spectra():
+    signatures = [signed(planted.llama(seed).hf_model, planted.llama(seed).texts) for seed in range(4)]
+    assert set(lineage(signatures).table.verdict) == {"unrelated"}
+
+
+def test_a_small_angle_is_not_explained_by_the_spectra():
+    """One-channel directions a few degrees apart, with equal spectra: nothing says that channels were permuted."""
+    one, other = peaked(576, 0), peaked(576, 1)
+    spectrum = torch.rand(3, 8)
+    (row,) = lineage({"a": made(one, spectrum=spectrum), "b": made(other, spectrum=spectrum)}).table.itertuples()
+    assert row.verdict == "undecided"
 
 
 def test_one_common_channel_makes_a_small_angle_and_no_relation():
@@ -150,7 +164,7 @@ def test_signatures_without_names_have_those_of_their_models():
     generator = torch.Generator().manual_seed(0)
     found = lineage(made(torch.randn(64, generator=generator), name=name) for name in ("gpt2", "gpt2", "other"))
     assert found.names == ("gpt2", "gpt2 (2)", "other")
-    assert found.to_dataframe() is found.table
+    assert found.to_dataframe().equals(found.table)
     assert found.angles.diagonal().tolist() == [0, 0, 0]
     assert torch.equal(found.angles, found.angles.T)
 

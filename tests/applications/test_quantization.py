@@ -6,7 +6,7 @@ import torch
 
 from sd_lens import QuantizationScheme, find_high_norm_tokens, quantize
 from sd_lens.errors import InputError, NotSupportedError, NumericalError
-from sd_lens.models.linear_layers import linear_groups
+from sd_lens.models.linear_layers import InputPoint, linear_groups
 from tests import planted, tiny
 from tests.oracles.quantized import linear_modules, quantized
 
@@ -128,6 +128,23 @@ def test_an_interrupt_in_the_middle_of_a_run_leaves_no_trace(tiny_llama):
     with pytest.raises(KeyboardInterrupt), quantize(tiny_llama):
         pass  # it is the run that checks whether quantization bites which is interrupted
     handle.remove()
+    assert_same_state(before, state_of(tiny_llama))
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 5])
+def test_an_interrupt_between_two_edits_leaves_no_trace(tiny_llama, monkeypatch, allowed):
+    before, calls, edited = state_of(tiny_llama), [], InputPoint.edited
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) > allowed:
+            raise KeyboardInterrupt
+        return edited(*arguments)
+
+    monkeypatch.setattr(InputPoint, "edited", interrupted)
+    with pytest.raises(KeyboardInterrupt), quantize(tiny_llama):
+        pass
+    assert len(calls) == allowed + 1
     assert_same_state(before, state_of(tiny_llama))
 
 

@@ -97,6 +97,8 @@ def test_smoothing_controls_and_calibration_can_be_chosen(model, texts):
     assert math.isnan(short.best_control)
     assert math.isnan(short.best_smoothing)
     assert short.n_predicted == 3 * 13  # of sixteen tokens, three begin a chunk
+    assert short.outliers.n_tokens == 3 * 16
+    assert str(short).endswith("of the gap closed")
     options = {"n_controls": 0, "scheme": QuantizationScheme(4, 4), "progress": False}
     one = quantization_report(model, texts[:3], SPARED, **options)
     other = quantization_report(model, texts[:3], SPARED, calibration=texts[5:], **options)
@@ -111,6 +113,12 @@ def test_without_a_gap_there_is_no_share(model, texts):
     )
     assert found.table.perplexity.nunique() == 1
     assert math.isnan(found.gap_closed)
+    assert str(found).endswith("spared: there is no gap to close")
+    little = quantization_report(
+        model, texts[:2], [0], scheme=QuantizationScheme(12, 12), n_controls=0, alpha=None, progress=False
+    )
+    assert little.rounded_perplexity != little.full_perplexity
+    assert math.isnan(little.gap_closed)
 
 
 def test_texts_are_read_once(model, texts):
@@ -123,3 +131,5 @@ def test_bad_arguments_are_named(model, texts):
         quantization_report(model, texts, ())
     with pytest.raises(InputError, match="n_controls=-1: expected 0 or more"):
         quantization_report(model, texts, SPARED, n_controls=-1)
+    with pytest.raises(InputError, match="window=0: expected 2 to"):
+        quantization_report(model, texts, SPARED, window=0)

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch
 from sd_lens import Signature, find_high_norm_tokens, forecast, signature, singular_spectra
 from sd_lens.errors import InputError
 from sd_lens.linear.angles import acute_angles
-from sd_lens.storage import save_result
+from sd_lens.storage import load_result, save_result
 from tests import planted, tiny
 
 
@@ -53,6 +54,13 @@ def test_both_wrappers_have_one_signature(planted_defect):
     torch.testing.assert_close(one.spectrum, other.spectrum, rtol=1e-3, atol=1e-5)
 
 
+def test_what_another_model_showed_is_refused(tiny_llama):
+    defect = planted.llama()
+    foreign = find_high_norm_tokens(tiny.wrap(defect.hf_model, "auto"), defect.texts, progress=False)
+    with pytest.raises(InputError, match="the direction has 64 entries: it is of another model"):
+        signature(tiny_llama, foreign, progress=False)
+
+
 @pytest.mark.parametrize("texts", [None, torch.arange(40).view(4, 10)])
 def test_a_random_model_has_no_direction_and_a_spectrum_all_the_same(backend, texts):
     found = signature(tiny.wrap(tiny.llama(), backend), texts, progress=False)
@@ -85,5 +93,20 @@ def test_damaged_and_foreign_files_are_named(found, tmp_path):
     save_result(tmp_path / "empty", {"a": torch.ones(1)}, {"kind": "Signature"})
     with pytest.raises(InputError, match="empty holds a Signature without 'spectrum': it is damaged"):
         Signature.load(tmp_path / "empty")
+    found.save(tmp_path / "s")
+    tensors, metadata = load_result(tmp_path / "s", "Signature")
+    for change, message in (
+        ({"explosion_layers": 5}, "holds a Signature with 'int' object is not iterable: it is damaged"),
+        ({"d_model": 32}, "holds a Signature of another width than it says, or with NaN: it is damaged"),
+    ):
+        save_result(tmp_path / "damaged", tensors, metadata | change)
+        with pytest.raises(InputError, match=f"damaged {message}"):
+            Signature.load(tmp_path / "damaged")
+    save_result(tmp_path / "nan", tensors | {"spectrum": tensors["spectrum"] * math.nan}, metadata)
+    with pytest.raises(InputError, match="nan holds a Signature of another width than it says, or with NaN"):
+        Signature.load(tmp_path / "nan")
+    tiny.unchecked(save_result)(tmp_path / "list", tensors, [1])
+    with pytest.raises(InputError, match="list does not hold Signature; it holds no sd_lens result"):
+        Signature.load(tmp_path / "list")
     with pytest.raises(InputError, match="cannot write"):
         found.save(tmp_path / "nowhere" / "s")

@@ -64,6 +64,9 @@ def test_planted_blocks_suffer_most_as_forecast_and_are_spared_first(planted_sea
     both = planted.OUTLIERS
     assert planted_search.measured_order[:2] == planted_search.forecast_order[:2] == planted_search.added == both
     assert planted_search.agreement(2) == 1
+    for n in (0, -1, 7):
+        with pytest.raises(InputError, match=f"n={n}: expected 1 to 6, the model's blocks"):
+            planted_search.agreement(n)
     assert planted_search.steps.divergence.is_monotonic_decreasing
     # What is left is the rounding of everything else.
     assert planted_search.steps.divergence.iloc[-1] < 0.1 * planted_search.steps.divergence.iloc[0]

@@ -1,4 +1,6 @@
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -51,8 +53,30 @@ def test_folders_are_loaded_one_after_the_other(tmp_path):
         {"first": tmp_path / "first", "last": str(tmp_path / "last")}, planted.llama().texts, progress=False
     )
     assert found.angles.tolist() == [0, 0]
+    folders = signature_trajectory([tmp_path / "first", str(tmp_path / "last")], planted.llama().texts, progress=False)
+    assert folders.names == ("first", "last")
     with pytest.raises(ModelLoadError, match="there is no folder"):
         signature_trajectory({"gone": tmp_path / "gone"}, progress=False)
+
+
+def test_one_checkpoint_is_in_memory_at_a_time():
+    alive = weakref.WeakSet()
+
+    def training():
+        for step in range(3):
+            gc.collect()  # wrappers refer to themselves in circles
+            assert not alive
+            model = tiny.wrap(tiny.llama(step), "auto")
+            alive.add(model)
+            yield str(step), model
+            del model
+
+    assert len(signature_trajectory(training(), progress=False).names) == 3
+
+
+def test_a_checkpoint_may_be_a_transformers_model():
+    found = signature_trajectory([("last", tiny.llama())], progress=False)
+    assert found.signatures[0].d_model == 32
 
 
 def test_bad_checkpoints_are_named(tiny_llama):
