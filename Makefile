@@ -12,9 +12,11 @@ REPORT ?= report.html
 demo: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/sd-lens report smollm2-135m --out $(REPORT)
 
-# One thread a process: together they have as many as there are cores.
+# One thread a process: together they have as many as there are cores. In the order of the files, the notebooks, which
+# take longest, do not come last.
 test: $(VENV)/installed
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 \
+		--dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

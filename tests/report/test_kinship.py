@@ -4,20 +4,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sd_lens import find_high_norm_tokens, lineage, signature, write_report
+from sd_lens import lineage, signature, write_report
 from sd_lens.errors import InputError
 from sd_lens.report.kinship import THIS_MODEL, kinship_figures, kinship_sentences
 from tests import planted, tiny
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny.wrap(planted.llama().hf_model, "bridge", with_tokenizer=True)
-
-
-@pytest.fixture(scope="module")
-def found(model):
-    return find_high_norm_tokens(model, planted.llama().texts, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -3,21 +3,11 @@ from dataclasses import replace
 
 import pytest
 
-from sd_lens import find_high_norm_tokens, quantization_report, write_report
+from sd_lens import quantization_report, write_report
 from sd_lens.report.rounding import rounding_figures, rounding_sentences
-from tests import planted, tiny
+from tests import planted
 
 pytestmark = pytest.mark.filterwarnings("ignore::sd_lens.errors.SmallGapWarning")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny.wrap(planted.llama().hf_model, "bridge", with_tokenizer=True)
-
-
-@pytest.fixture(scope="module")
-def found(model):
-    return find_high_norm_tokens(model, planted.llama().texts, progress=False)
 
 
 @pytest.fixture(scope="module")
