@@ -224,12 +224,12 @@ def _column_products(
     W: Float[Tensor, "d_model d_mlp"], U: Float[Tensor, "d_model d_mlp"], N: LinearMap | None
 ) -> Float64[Tensor, " d_mlp"]:
     """`<N^T w_j, N^T u_j>` for every neuron j, accumulated in float64, a slice of neurons at a time."""
-    result = []
+    dtype = computing_dtype(W.dtype)
+    result = torch.empty(W.shape[1], dtype=torch.float64, device=W.device)
     through: Callable[[Tensor], Tensor] = (lambda x: x) if N is None else (lambda x: N.T @ x)
-    for w, u in zip(W.split(256, dim=1), U.split(256, dim=1), strict=True):
-        dtype = computing_dtype(W.dtype)
-        result.append((through(w.to(dtype)) * through(u.to(dtype))).sum(dim=0, dtype=torch.float64))
-    return torch.cat(result)
+    for w, u, products in zip(W.split(256, dim=1), U.split(256, dim=1), result.split(256), strict=True):
+        torch.sum(through(w.to(dtype)) * through(u.to(dtype)), dim=0, dtype=torch.float64, out=products)
+    return result
 
 
 def sampled_fit(
