@@ -24,7 +24,6 @@ _SMOOTHED: dict[str, tuple[Reads, ...]] = {
     "SmoothQuant, W_out too": (*BEHIND_NORMS, "neurons"),
 }
 
-
 _SMALLEST_GAP = 0.01
 """Of the full-precision perplexity; what is less is noise, of which no share can be closed."""
 
@@ -36,8 +35,8 @@ class QuantizationReport:
     Attributes:
         table: method, kind (full, rounded, spared, control, smoothed, both), layers (spared), perplexity, loss (nats
             per token), gap_closed (share of the gap between rounded and full perplexity; NaN where that is less than a
-            hundredth of the full one), n_spared,
-            n_parameters and parameter_share (spared weights, of all of the blocks' linear layers).
+            hundredth of the full one), n_spared, n_parameters and parameter_share (spared weights, of all of the
+            blocks' linear layers).
         spared: the modules that were spared.
         scheme: how everything else was rounded.
         outliers: of the inputs of `W_out`: why sparing helps.
